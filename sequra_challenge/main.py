@@ -1,0 +1,1085 @@
+"""Load the records of a JSON API into Amazon Redshift: extract, transform, stage, load.
+
+A run reads conf/pipeline.yaml, fetches a JSON array of objects, flattens it into the configured
+tables, stages each as gzipped CSV in S3, copies the files into temporary tables and replaces (or
+upserts) the rows of all tables in one transaction.
+
+The file reads in the order in which the data flows: configuration, extract, transform, stage,
+load, run, main.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gzip
+import json
+import logging
+import os
+import random
+import re
+import secrets
+import shutil
+import ssl
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields, replace
+from datetime import UTC, datetime
+from decimal import Context, Decimal, DecimalException, Inexact, InvalidOperation
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from types import NoneType
+from typing import TYPE_CHECKING, Any, ClassVar, TextIO
+from urllib.parse import urlsplit
+
+import yaml
+
+if TYPE_CHECKING:
+    import boto3
+    import botocore
+    import numpy as np
+    import pandas as pd
+    import redshift_connector
+    import requests
+    import urllib3
+
+DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "conf" / "pipeline.yaml"
+HTTP_TIMEOUT = (10, 60)  # seconds: to connect, between two pieces of the answer
+HTTP_TRIES = 6
+READ_CHARACTERS = 1 << 20
+BATCH_RECORDS = 2_000  # some 30 MB of Python objects where a record is 2 kB of JSON
+PART_BYTES = 64 << 20  # compressed; Redshift's guide asks for files of 1 MB to 1 GB
+GZIP_LEVEL = 4
+
+log = logging.getLogger("sequra_challenge")
+
+
+class ConfigError(Exception):
+    """The configuration is wrong: exit status 2."""
+
+
+class PipelineError(Exception):
+    """The run failed for a reason that its message explains: exit status 1."""
+
+
+def import_packages() -> None:
+    """Imports the large packages. --help and a wrong configuration answer without them."""
+    global boto3, botocore, np, pd, redshift_connector, requests, urllib3
+    import boto3
+    import botocore.exceptions
+    import botocore.utils
+    import numpy as np
+    import pandas as pd
+    import redshift_connector
+    import requests
+    import urllib3
+
+
+# --- configuration ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table, and the path of its value in the JSON of a row."""
+
+    path: tuple[str, ...]
+    type: str  # as Redshift writes it: "varchar(24)"
+    not_null: bool
+
+    @property
+    def name(self) -> str:
+        return "_".join(self.path)
+
+    @property
+    def kind(self) -> str:
+        """The type without its arguments: ``varchar``."""
+        return self.type.partition("(")[0]
+
+    @property
+    def arguments(self) -> tuple[int, ...]:
+        """The numbers in the type: ``(24,)`` of varchar(24), ``(10, 2)`` of decimal(10,2)."""
+        return tuple(map(int, re.findall(r"\d+", self.type)))
+
+
+@dataclass(frozen=True)
+class Table:
+    """A target table: a row for each record, or with ``rows`` for each element of that array."""
+
+    name: str
+    columns: tuple[Column, ...]
+    key: tuple[str, ...]
+    mode: str
+    rows: tuple[str, ...]
+    parent: str | None
+    sort_key: tuple[str, ...]
+    dist_key: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Config:
+    """What conf/pipeline.yaml says, checked."""
+
+    url: str
+    bucket: str
+    prefix: str
+    kms_key: str | None
+    secret: str
+    copy_role: str | None
+    tables: tuple[Table, ...]
+
+
+NAME = r"[a-z_][a-z0-9_]{0,126}"
+NAME_RULE = "lower-case letters, digits and underscores, at most 127, no digit first"
+ROLE = r"arn:aws[\w-]*:iam::\d{12}:role/[\w+=.@/-]+"
+TYPE = (
+    r"(boolean|smallint|integer|bigint|real|double precision|decimal\(\d{1,2}, ?\d{1,2}\)"
+    r"|varchar\(\d{1,5}\)|date|timestamp|timestamptz|super)( not null)?"
+)
+COLUMNS = (NAME, "a column or a list of columns, not {!r}")
+# setting: (pattern of its text, what else is wrong with it); "?" marks an optional one
+SCHEMA: dict[str, Any] = {
+    "source": {"url": (r".+", "a URL or a path, not {!r}")},
+    "staging": {
+        "bucket": (r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", "the name of an S3 bucket, not {!r}"),
+        "prefix": (r"[\w!.*()=-]+(/[\w!.*()=-]+)*", "a path such as data/spacex, not {!r}"),
+        "kms_key?": (r"[\w:/-]+", "the id, alias or ARN of a KMS key, not {!r}"),
+    },
+    "redshift": {
+        "secret": (r"[\w/+=.@:-]+", "the name or ARN of a secret, not {!r}"),
+        "copy_role?": (rf"{ROLE}(,{ROLE})*", "the ARN of an IAM role, not {!r}"),
+    },
+    "tables": {
+        "*": {
+            "columns": {"*": (TYPE, "unknown type {!r}")},
+            "key": COLUMNS,
+            "mode?": ("replace|upsert", "replace or upsert, not {!r}"),
+            "rows?": (r"[^.]+(\.[^.]+)*", "the path of an array, not {!r}"),
+            "parent?": (r"[^.]+", "a name for the record around the array, not {!r}"),
+            "sort_key?": COLUMNS,
+            "dist_key?": (NAME, "a column, not {!r}"),
+        }
+    },
+}
+RESERVED = {"_run_id", "_loaded_at"}  # set by the load; the others are system columns
+RESERVED |= {"oid", "tableoid", "xmin", "cmin", "xmax", "cmax", "ctid", "insertxid", "deletexid"}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people read it: `on` and `no` are text, and a key stands once in a mapping."""
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [(tag, regexp) for tag, regexp in resolvers if not tag.endswith(":bool")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        for key, times in Counter(key.value for key, _ in node.value).items():
+            if times > 1:
+                raise yaml.MarkedYAMLError(None, None, f"{key!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def load_config(path: Path) -> Config:
+    """Reads and checks the configuration.
+
+    Raises ConfigError with all faults in one message, each with its path in the file.
+    """
+    try:
+        document = yaml.load(path.read_bytes(), _Loader)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    faults = list(_schema_faults(document, SCHEMA, ""))
+    sections = {name: _mapping(_mapping(document).get(name)) for name in SCHEMA}
+    settings = sections["source"] | sections["staging"] | sections["redshift"]
+    config = Config(
+        **{name: settings.get(name) for name in ("url", "bucket", "prefix", "kms_key", "secret")},
+        copy_role=settings.get("copy_role") or os.environ.get("AWS_ROLE_ARN") or None,
+        tables=tuple(
+            _table(str(name), _mapping(table)) for name, table in sections["tables"].items()
+        ),
+    )
+    for table in config.tables:
+        faults += [f"tables.{table.name}{fault}" for fault in _table_faults(table)]
+    if faults:
+        raise ConfigError("\n  ".join([f"{path} has {len(faults)} fault(s):", *faults]))
+    return config
+
+
+def _mapping(value: Any) -> dict[Any, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _schema_faults(value: Any, schema: Any, at: str) -> Iterator[str]:
+    if isinstance(schema, tuple):
+        pattern, wrong = schema
+        for text in value if isinstance(value, list) and schema is COLUMNS else [value]:
+            if not isinstance(text, str) or not re.fullmatch(pattern, text, re.ASCII):
+                yield f"{at}: {wrong.format(text)}"
+    elif not isinstance(value, dict) or not value:
+        yield f"{at or 'the file'}: not a mapping but {shorten(value)}"
+    else:
+        dot = f"{at}." if at else ""
+        for key, inner in value.items():
+            rule = schema.get(key) or schema.get(f"{key}?") or schema.get("*")
+            if not rule:
+                yield f"{dot}{key}: unknown key, known are {', '.join(schema).replace('?', '')}"
+            elif inner is not None or f"{key}?" not in schema:
+                yield from _schema_faults(inner, rule, f"{dot}{key}")
+        yield from (
+            f"{dot}{key}: missing" for key in schema if key[-1] not in "?*" and key not in value
+        )
+
+
+def _table(name: str, settings: dict[str, Any]) -> Table:
+    columns = []
+    for path, text in _mapping(settings.get("columns")).items():
+        type_, _, not_null = str(text).partition(" not ")
+        columns.append(
+            Column(tuple(str(path).split(".")), type_.replace(" ,", ","), bool(not_null))
+        )
+
+    def names(setting: str) -> tuple[str, ...]:
+        value = settings.get(setting) or []
+        return tuple(map(str, value if isinstance(value, list) else [value]))
+
+    rows = settings.get("rows")
+    return Table(
+        name=name,
+        columns=tuple(columns),
+        key=names("key"),
+        mode=settings.get("mode") or "replace",
+        rows=tuple(str(rows).split(".")) if rows else (),
+        parent=settings.get("parent"),
+        sort_key=names("sort_key"),
+        dist_key=names("dist_key"),
+    )
+
+
+def _table_faults(table: Table) -> Iterator[str]:
+    if not re.fullmatch(rf"{NAME}\.{NAME}", table.name):
+        yield f": must be schema.table, each {NAME_RULE}"
+    kinds = {column.name: column.kind for column in table.columns}
+    for column in table.columns:
+        at = f".columns.{'.'.join(column.path)}"
+        if not re.fullmatch(NAME, column.name) or not all(column.path):
+            yield f"{at}: the column would be {column.name!r}, a name is {NAME_RULE}"
+        if column.name in RESERVED:
+            yield f"{at}: the column name {column.name} is reserved"
+        match column.kind, column.arguments:
+            case "varchar", (size,) if not 1 <= size <= 65_535:
+                yield f"{at}: varchar holds 1 to 65535 bytes, not {size}"
+            case "decimal", (precision, scale) if not 38 >= precision >= max(scale, 1):
+                yield f"{at}: decimal(p,s) needs p from 1 to 38 and s up to p"
+    for name, paths in Counter(column.name for column in table.columns).items():
+        if paths > 1:
+            yield f".columns: {paths} paths give the column {name!r}"
+    for setting in ("key", "sort_key", "dist_key"):
+        for name in getattr(table, setting):
+            if kinds.get(name, "super") == "super":
+                yield f".{setting}: {name!r} is not a column that can be compared"
+    if bool(table.rows) != bool(table.parent):
+        yield ": rows and parent go together"
+
+
+# --- extract ------------------------------------------------------------------------------------
+
+
+def public_url(url: str) -> str:
+    """The URL without what may be secret in it: user, password, query and fragment."""
+    parts = urlsplit(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
+
+
+def extract(source: str, folder: Path) -> Path:
+    """Fetches the source (http, https, s3 or a local file) and returns the file that holds it."""
+    parts = urlsplit(source)
+    target = folder / "response"
+    if parts.scheme in ("http", "https"):
+        download(source, target)
+    elif parts.scheme == "s3":
+        with aws_errors("read", source):
+            s3 = aws_session().client("s3")
+            s3.download_file(parts.netloc, parts.path.lstrip("/"), str(target))
+    else:
+        target = Path(source).expanduser()
+        if not target.is_file():
+            raise PipelineError(f"the source {source} is not a file")
+    return target
+
+
+def download(url: str, target: Path) -> None:
+    """GETs the URL into the file.
+
+    Tried again after what Retry-After asks for, else with exponential back-off and jitter:
+    connection errors, time-outs, a body that ends early, 429, 500, 502, 503 and 504.
+    """
+    adapter = requests.adapters.HTTPAdapter()
+    # Trusts what OpenSSL does, so also $SSL_CERT_FILE, beside the bundle that requests brings.
+    adapter.init_poolmanager(1, 1, ssl_context=ssl.create_default_context())
+    with requests.Session() as session:
+        session.mount("https://", adapter)
+        for attempt in range(1, HTTP_TRIES + 1):
+            wait: float | None = None
+            try:
+                with session.get(url, stream=True, timeout=HTTP_TIMEOUT) as response:
+                    with contextlib.suppress(urllib3.exceptions.InvalidHeader):
+                        wait = urllib3.Retry(retry_after_max=300).get_retry_after(response.raw)
+                    response.raise_for_status()
+                    with target.open("wb") as file:
+                        for chunk in response.iter_content(1 << 20):
+                            file.write(chunk)
+                    return
+            except requests.HTTPError as error:
+                reason = f"HTTP {error.response.status_code} {error.response.reason}"
+                transient = error.response.status_code in (429, 500, 502, 503, 504)
+            except requests.RequestException as error:
+                cause = root_cause(error)
+                reason = type(error).__name__ + (f": {cause}" if cause is not error else "")
+                transient = not isinstance(cause, ssl.SSLCertVerificationError | ValueError)
+            if not transient or attempt == HTTP_TRIES:
+                raise PipelineError(f"GET {public_url(url)}: {reason}, attempt {attempt}")
+            wait = wait if wait is not None else 2**attempt * random.uniform(0.5, 1)
+            log.warning("extract: %s, trying again in %.1f s", reason, wait)
+            time.sleep(wait)
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """The innermost error: the messages of those around it may hold the URL and its query."""
+    inner = error.__cause__ or error.__context__
+    return root_cause(inner) if inner else error
+
+
+def is_gzipped(path: Path) -> bool:
+    """Whether the file begins as gzip does."""
+    with path.open("rb") as file:
+        return file.read(2) == b"\x1f\x8b"
+
+
+# --- transform ----------------------------------------------------------------------------------
+
+
+class Unfit(Exception):
+    """A value does not fit its column; the message is the rule that it breaks."""
+
+
+def read_records(path: Path) -> Iterator[dict[str, Any]]:
+    """Yields the objects of a JSON array in a file, gzipped or not, with a piece in memory.
+
+    Numbers with a fraction or an exponent become Decimal, so that no digit is lost.
+    Raises PipelineError for anything but an array of at least one object.
+    """
+    count = 0
+    opener: Callable[..., Any] = gzip.open if is_gzipped(path) else open
+    try:
+        with opener(path, "rt", encoding="utf-8-sig", newline="") as text:
+            for count, record in enumerate(_read_array(text), 1):
+                if not isinstance(record, dict):
+                    raise PipelineError(f"record {count} is not an object: {shorten(record)}")
+                yield record
+    except json.JSONDecodeError as error:
+        near = shorten(error.doc[max(0, error.pos - 40) : error.pos + 40])
+        raise PipelineError(f"not JSON after record {count}: {error.msg}, near {near}") from None
+    except (ValueError, ArithmeticError, RecursionError, EOFError, OSError) as error:
+        # A number of 5,000 digits, an exponent of 20, brackets a thousand deep, bytes that are
+        # not UTF-8, a gzip file that ends early.
+        raise PipelineError(f"not readable after record {count}: {error!r}") from None
+    if not count:
+        raise PipelineError("the source is an empty array, there is nothing to load")
+
+
+def _read_array(text: TextIO) -> Iterator[Any]:
+    decoder = json.JSONDecoder(parse_float=Decimal)
+    whitespace = re.compile(r"[ \t\r\n]*")
+    buffer, start, wanted, before = text.read(READ_CHARACTERS), 0, READ_CHARACTERS, "["
+    if buffer.lstrip()[:1] != "[":
+        what = "HTML or XML" if buffer.lstrip()[:1] == "<" else "no JSON array"
+        raise PipelineError(f"the source is {what}, it begins {shorten(buffer, 200)}")
+    if re.fullmatch(r"\s*\[\s*\]\s*", buffer):
+        return
+    while True:
+        try:
+            mark = whitespace.match(buffer, start).end()  # type: ignore[union-attr]
+            if buffer[mark] == "]" != before:
+                break
+            if buffer[mark] != before:
+                raise json.JSONDecodeError(f"Expecting {before!r}", buffer, mark)
+            first = whitespace.match(buffer, mark + 1).end()  # type: ignore[union-attr]
+            element, end = decoder.raw_decode(buffer, first)
+        except (IndexError, json.JSONDecodeError) as error:
+            # More text can only mend what is wrong at the end: in a string without an end, or in
+            # a token of at most 12 characters, \ud83d\ude80.
+            if isinstance(error, json.JSONDecodeError) and not (
+                error.msg.startswith("Unterminated") or error.pos > len(buffer) - 12
+            ):
+                raise
+            more = text.read(wanted)
+            if not more:
+                raise json.JSONDecodeError("it ends early", buffer, len(buffer)) from None
+            # Doubled, so that one huge record is not scanned from its start for every piece.
+            buffer, start, wanted = buffer[start:] + more, 0, wanted * 2
+        else:
+            yield element
+            start, wanted, before = end, READ_CHARACTERS, ","
+    if (buffer[mark + 1 :] + text.read(READ_CHARACTERS)).strip():
+        raise json.JSONDecodeError("Extra data after the array", buffer, mark + 1)
+
+
+def shorten(value: Any, length: int = 80) -> str:
+    """A value as JSON for a message, cut to a length, safe to print."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=str)
+    except RecursionError:
+        text = "deeply nested JSON"
+    text = text.strip('"') if isinstance(value, Decimal) else text
+    text = text if len(text) <= length else text[:length] + "…"
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def transform(records: list[dict[str, Any]], table: Table, served: set[str]) -> pd.DataFrame:
+    """Flattens records into the rows of a table, one typed column for each configured path.
+
+    Adds the paths of all fields it meets to ``served``: ``links.patch.small``, ``cores[].core``.
+    Raises PipelineError for the first value that does not fit its column, and for a double key.
+    """
+    rows = explode(records, table)
+    levels: dict[tuple[str, ...], list[dict[str, Any]]] = {(): rows}
+
+    def checked(check: Callable[[list[Any]], Any], path: tuple[str, ...]) -> Any:
+        values = [level.get(path[-1]) for level in levels[path[:-1]]]
+        try:
+            return check(values)
+        except Unfit:
+            for row, value in zip(rows, values, strict=True):
+                try:
+                    check([value])
+                except Unfit as unfit:
+                    raise _misfit(table, row, path, value, unfit) from None
+            raise
+
+    for path in sorted({c.path[:depth] for c in table.columns for depth in range(len(c.path))}):
+        if path:
+            levels[path] = checked(_objects, path)
+        served |= {source_path(table, (*path, name)) for name in set().union(*levels[path])}
+    frame = pd.DataFrame(
+        {c.name: checked(partial(convert, c, c.name in table.key), c.path) for c in table.columns}
+    )
+    keys = frame[list(table.key)]
+    _refuse_doubles(table, keys[keys.duplicated()].head(5).to_dict("records"))
+    return frame
+
+
+def explode(records: list[dict[str, Any]], table: Table) -> list[dict[str, Any]]:
+    """The rows of a table in the records, as objects.
+
+    These are the records themselves, or with ``rows`` the elements of that array, each with its
+    ``position`` from 1 and its record under the name ``parent``. Where the table has a column for
+    the path ``value``, the element itself becomes it: for arrays of ids.
+    """
+    if not table.rows:
+        return records
+    plain = any(column.path == ("value",) for column in table.columns)
+    rows = []
+    for record in records:
+        elements = dig(record, table.rows)
+        if not isinstance(elements, list | NoneType):
+            unfit = Unfit("is not an array")
+            raise _misfit(table, {table.parent: record}, (), elements, unfit)
+        for position, element in enumerate(elements or [], 1):
+            row = {"position": position, table.parent: record}
+            if not plain and not isinstance(element, dict):
+                raise _misfit(table, row, (), element, Unfit("is not an object"))
+            rows.append(({"value": element} if plain else element) | row)
+    return rows
+
+
+def dig(value: Any, path: tuple[str, ...]) -> Any:
+    """The value at a path in nested objects; None where the path ends early."""
+    for name in path:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
+
+
+def source_path(table: Table, path: tuple[str, ...]) -> str:
+    """A path of a table as the source has it; "" for what the source does not have."""
+    if not table.rows:
+        return ".".join(path)
+    if path[:1] == (table.parent,):
+        return ".".join(path[1:])
+    return "" if path == ("position",) else ".".join((".".join(table.rows) + "[]", *path))
+
+
+def _misfit(
+    table: Table, row: Any, path: tuple[str, ...], value: Any, rule: Unfit
+) -> PipelineError:
+    key = _key_text({c.name: dig(row, c.path) for c in table.columns if c.name in table.key})
+    where = source_path(table, path)
+    return PipelineError(f"{table.name}, {key}: {where}: {shorten(value)} {rule}")
+
+
+def _refuse_doubles(table: Table, keys: list[dict[Any, Any]]) -> None:
+    if keys:
+        shown = "; ".join(map(_key_text, keys))
+        raise PipelineError(f"{table.name}: more than one row has the key {shown}")
+
+
+def _key_text(key: dict[Any, Any]) -> str:
+    return ", ".join(f"{name}={shorten(value)}" for name, value in key.items())
+
+
+def _only(values: list[Any], what: str, *types: type) -> list[Any]:
+    """The values that are not null. Unfit unless of these very types: True is no integer."""
+    if not set(map(type, values)) <= {NoneType, *types}:
+        raise Unfit(f"is not {what}")
+    return [value for value in values if value is not None]
+
+
+def _objects(values: list[Any]) -> list[dict[str, Any]]:
+    _only(values, "an object", dict)
+    return [{} if value is None else value for value in values]
+
+
+def convert(column: Column, in_key: bool, values: list[Any]) -> Any:
+    """The values of a column as a typed pandas array, or texts as COPY reads them; null is null.
+
+    Raises Unfit with the rule that a value breaks. Only numbers for real, double precision and in
+    super are rounded, to the nearest that these hold.
+    """
+    if None in values and (in_key or column.not_null):
+        raise Unfit("in the key" if in_key else "in a column that is not null")
+    match column.kind:
+        case "boolean":
+            _only(values, "a boolean", bool)
+            return pd.array(values, dtype="boolean")
+        case "smallint" | "integer" | "bigint":
+            limit = 1 << {"smallint": 15, "integer": 31, "bigint": 63}[column.kind]
+            if not all(-limit <= value < limit for value in _only(values, "an integer", int)):
+                raise Unfit(f"is outside {-limit} to {limit - 1}")
+            return pd.array(values, dtype="Int64")
+        case "real" | "double precision":
+            limits = np.finfo(np.float32 if column.kind == "real" else np.float64)
+            least, most = float(limits.tiny), float(limits.max)
+            for value in _only(values, "a number", int, Decimal):
+                if value and not least <= abs(value) <= most:
+                    raise Unfit(f"is outside the range of {column.kind}")
+            return pd.array([None if v is None else float(v) for v in values], dtype="Float64")
+        case "decimal":
+            _only(values, "a number", int, Decimal)
+            return _text_array(values, partial(_decimal, *column.arguments))
+        case "varchar":
+            for value in _only(values, "a text", str):
+                _check_text(value, column.arguments[0])
+            return _text_array(values, str)
+        case "super":
+            return _text_array(values, _super)
+        case kind:
+            return _times(values, kind)
+
+
+def _text_array(values: list[Any], text: Callable[[Any], str]) -> pd.Series:
+    return pd.Series([None if v is None else text(v) for v in values], dtype=object)
+
+
+def _decimal(precision: int, scale: int, value: Any) -> str:
+    exact = Context(prec=precision, traps=[Inexact, InvalidOperation])
+    try:
+        return format(exact.quantize(Decimal(value), Decimal(1).scaleb(-scale)), "f")
+    except DecimalException:
+        raise Unfit(f"does not fit decimal({precision},{scale}) exactly") from None
+
+
+def _check_text(value: str, most: int) -> None:
+    try:
+        size = len(value.encode())
+    except UnicodeEncodeError:
+        raise Unfit("has a lone surrogate, which UTF-8 cannot hold") from None
+    if size > most:
+        raise Unfit(f"has a text of {size} bytes, at most {most} fit")
+    if "\0" in value:
+        raise Unfit("has a NUL character, which Redshift cannot hold")
+
+
+# A number with a fraction becomes the nearest double, as most readers of JSON take it.
+_dump_super = json.JSONEncoder(
+    ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=float
+).encode
+
+
+def _super(value: Any) -> str:
+    try:
+        text = _dump_super(value)
+    except (ValueError, RecursionError) as error:  # NaN, Infinity; nested too deeply
+        raise Unfit(f"is not JSON that super holds: {error}") from None
+    _check_text(text, 16 << 20)
+    if len(text) > 65_535 // 4 or "\\u0000" in text:
+        for inner in _texts_in(value):
+            _check_text(inner, 65_535)
+    return text
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in [*value, *value.values()] if isinstance(value, dict) else value:
+            yield from _texts_in(inner)
+
+
+TIMES = {  # kind: (pattern, what it is)
+    "date": (r"\d{4}-\d\d-\d\d", "a date such as 2006-03-24"),
+    "timestamp": (
+        r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(\.\d{1,6}0*)?",
+        "a time such as 2006-03-24T22:30:00.000, without an offset",
+    ),
+    "timestamptz": (
+        r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(\.\d{1,6}0*)?(Z|[+-]\d\d(:?\d\d)?)",
+        "a time such as 2006-03-24T22:30:00.000Z, with an offset",
+    ),
+}
+
+
+def _times(values: list[Any], kind: str) -> Any:
+    """ISO 8601 texts, with microseconds and in UTC, as COPY reads them with TIMEFORMAT 'auto'."""
+    pattern, what = TIMES[kind]
+    if not all(map(re.compile(pattern).fullmatch, _only(values, what, str))):
+        raise Unfit(f"is not {what}")
+    try:
+        times = pd.to_datetime(pd.Series(values, dtype=object), format="ISO8601", utc=True)
+    except ValueError:
+        raise Unfit("does not exist in the calendar") from None
+    if not times.dropna().dt.year.between(1, 9999).all():
+        raise Unfit("is outside the years 1 to 9999")
+    unit = "D" if kind == "date" else "us"
+    texts = np.datetime_as_string(times.dt.tz_localize(None).to_numpy(), unit=unit).astype(object)
+    return pd.Series(texts + ("Z" if kind == "timestamptz" else "")).where(times.notna(), None)
+
+
+def warn_of_drift(tables: tuple[Table, ...], served: set[str]) -> None:
+    """Logs the fields that no table loads, and those that no record has."""
+    columns = [(table, column.path) for table in tables for column in table.columns]
+    wanted = {source_path(*column) for column in columns}
+    known = {source_path(t, path[: n + 1]) for t, path in columns for n in range(len(path))}
+    known |= {".".join(table.rows[: n + 1]) for table in tables for n in range(len(table.rows))}
+    for path in sorted(served - known - {""}):
+        log.warning("transform: the source has a field that no table loads: %s", path)
+    for path in sorted(wanted - served - {""}):
+        log.warning("transform: no record has the field %s, so its column is null", path)
+
+
+# --- stage --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a pipeline, with a folder for its files. Ids sort by time."""
+
+    config: Config
+    folder: Path
+    started: datetime = field(default_factory=lambda: datetime.now(UTC))
+    token: str = field(default_factory=lambda: secrets.token_hex(4))
+
+    @property
+    def id(self) -> str:
+        return f"{self.started:%Y%m%dT%H%M%S.%fZ}-{self.token}"
+
+    @property
+    def null(self) -> str:
+        r"""What stands for NULL in the CSV files; a text might be the usual \N, but not this."""
+        return f"NULL-{self.token}"
+
+    def url(self, name: str, file: str) -> str:
+        """Where the run stages a file of a table, or of the raw response."""
+        day = f"{self.started:%Y/%m/%d}"
+        return f"s3://{self.config.bucket}/{self.config.prefix}/{name}/{day}/{self.id}/{file}"
+
+
+class PartWriter:
+    """Writes the rows of a table into gzipped CSV parts of about PART_BYTES, each with a header."""
+
+    def __init__(self, table: Table, run: Run) -> None:
+        self.table, self.run = table, run
+        self.parts: list[Path] = []
+        self.rows = 0
+        self._begin_part()
+
+    def _begin_part(self) -> None:
+        self.parts.append(self.run.folder / f"{self.table.name}.{len(self.parts) + 1:04}.csv.gz")
+        self._file = gzip.GzipFile(self.parts[-1], "wb", GZIP_LEVEL, mtime=0)
+        self._file.write(",".join(column.name for column in self.table.columns).encode() + b"\n")
+
+    def write(self, frame: pd.DataFrame) -> None:
+        if self.parts[-1].stat().st_size > PART_BYTES:
+            self.close()
+            self._begin_part()
+        self._file.write(csv_rows(frame, self.run.null).encode())
+        self.rows += len(frame)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def csv_rows(frame: pd.DataFrame, null: str) -> str:
+    """The rows of a frame as CSV, in which every text is quoted and NULL is not.
+
+    The csv module cannot do that, and before Python 3.13 leaves a lone carriage return unquoted.
+    """
+
+    def cell_text(cell: Any) -> str:
+        if cell is None:
+            return null
+        return '"' + cell.replace('"', '""') + '"' if isinstance(cell, str) else str(cell)
+
+    columns = (column.astype(object).where(column.notna(), None) for _, column in frame.items())
+    return "".join(",".join(map(cell_text, row)) + "\n" for row in zip(*columns, strict=True))
+
+
+def transform_to_parts(run: Run, body: Path) -> list[PartWriter]:
+    """Reads the source and writes the rows of all tables, batch by batch, into CSV parts."""
+    served: set[str] = set()
+    staged = [PartWriter(table, run) for table in run.config.tables]
+    records = read_records(body)
+    while batch := list(islice(records, BATCH_RECORDS)):
+        for parts in staged:
+            parts.write(transform(batch, parts.table, served))
+    for parts in staged:
+        parts.close()
+    warn_of_drift(run.config.tables, served)
+    return staged
+
+
+def aws_session() -> boto3.Session:
+    """A session in $AWS_REGION, the profile's region, or else the region of the EC2 instance."""
+    session = boto3.Session(region_name=os.environ.get("AWS_REGION"))
+    region = session.region_name or botocore.utils.IMDSRegionProvider(session._session).provide()
+    if not region:
+        raise PipelineError("no AWS region: set AWS_REGION, or a region in the AWS profile")
+    return boto3.Session(region_name=region)
+
+
+@contextlib.contextmanager
+def aws_errors(action: str, resource: str) -> Iterator[None]:
+    """Turns what boto3 raises into a PipelineError that says what could not be done to what."""
+    try:
+        yield
+    except (
+        botocore.exceptions.BotoCoreError,
+        botocore.exceptions.ClientError,
+        boto3.exceptions.Boto3Error,
+    ) as error:
+        raise PipelineError(f"cannot {action} {resource}: {error}") from None
+
+
+def stage(run: Run, s3: Any, body: Path, staged: list[PartWriter]) -> None:
+    """Uploads the raw response, gzipped, and of each table the parts and then the manifest."""
+    encryption = {"ServerSideEncryption": "AES256"}
+    if run.config.kms_key:
+        encryption = {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": run.config.kms_key}
+
+    def upload(file: Path, name: str) -> dict[str, Any]:
+        url = run.url(name, file.name)
+        with aws_errors("write", url):
+            bucket, key = urlsplit(url).netloc, urlsplit(url).path[1:]
+            s3.upload_file(str(file), bucket, key, ExtraArgs=encryption)
+        return {"url": url, "mandatory": True}
+
+    raw = run.folder / "response.json.gz"
+    opener: Callable[..., Any] = (
+        open if is_gzipped(body) else partial(gzip.open, compresslevel=GZIP_LEVEL)
+    )
+    with body.open("rb") as source, opener(raw, "wb") as target:
+        shutil.copyfileobj(source, target)
+    upload(raw, "raw")
+    manifest = run.folder / "manifest.json"
+    for parts in staged:
+        entries = [upload(part, parts.table.name) for part in parts.parts]
+        manifest.write_text(json.dumps({"entries": entries}, indent=2))
+        upload(manifest, parts.table.name)
+
+
+# --- load ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Credentials:
+    """How to reach Redshift."""
+
+    host: str
+    port: int
+    database: str
+    user: str
+    password: str = field(repr=False)
+
+
+def read_credentials(session: boto3.Session, secret: str) -> Credentials:
+    """Reads the secret: the fields of Credentials in upper or lower case, as JSON.
+
+    AWS's own Redshift secrets say dbname and username. Raises PipelineError when it is something
+    else; its values are never shown.
+    """
+    with aws_errors("read", f"the secret {secret}"):
+        text = (
+            session.client("secretsmanager").get_secret_value(SecretId=secret).get("SecretString")
+        )
+    try:
+        values = {name.lower(): value for name, value in json.loads(text).items()}
+    except (ValueError, TypeError, AttributeError):
+        raise PipelineError(f"the secret {secret} is not a JSON object") from None
+    values = {"database": values.get("dbname"), "user": values.get("username")} | values
+    names = [field.name for field in fields(Credentials)]
+    missing = [name.upper() for name in names if values.get(name) in (None, "")]
+    if missing:
+        raise PipelineError(f"the secret {secret} lacks {', '.join(missing)}")
+    if not re.fullmatch(r"\d{1,5}", str(values["port"])):
+        raise PipelineError(f"the secret {secret} has a PORT that is no number")
+    return Credentials(
+        **{name: str(values[name]) for name in names} | {"port": int(values["port"])}
+    )
+
+
+def quoted(*names: str) -> str:
+    """Identifiers in quotes, separated by commas; the dot of schema.table stays between two."""
+    return ", ".join('"' + name.replace(".", '"."') + '"' for name in names)
+
+
+def staging(table: Table) -> str:
+    """The name of the temporary table that a table's files are copied into."""
+    return quoted(f"staging_{table.name.replace('.', '_')}"[:127])
+
+
+def literal(text: str) -> str:
+    """A text as an SQL literal. Redshift reads a backslash in one as an escape, PostgreSQL not."""
+    if "\\" in text:
+        raise PipelineError(f"{text!r} has a backslash, which a name in SQL cannot have")
+    return "'" + text.replace("'", "''") + "'"
+
+
+def create_sql(table: Table) -> str:
+    """CREATE TABLE for a target that does not exist yet."""
+    columns = [f"{quoted(c.name)} {c.type}" + " NOT NULL" * c.not_null for c in table.columns]
+    columns += ['"_run_id" varchar(64)', '"_loaded_at" timestamptz']
+    sql = f"CREATE TABLE IF NOT EXISTS {quoted(table.name)} (\n  " + ",\n  ".join(columns) + "\n)"
+    if table.dist_key:
+        sql += f"\nDISTKEY ({quoted(*table.dist_key)})"
+    if table.sort_key:
+        sql += f"\nCOMPOUND SORTKEY ({quoted(*table.sort_key)})"
+    return sql
+
+
+def copy_sql(run: Run, table: Table, region: str) -> tuple[str, str]:
+    """CREATE of the temporary table, which vanishes with the session, and COPY into it."""
+    role, names = run.config.copy_role, quoted(*(column.name for column in table.columns))
+    create = f"CREATE TEMP TABLE {staging(table)} (LIKE {quoted(table.name)} INCLUDING DEFAULTS)"
+    return (
+        create,
+        f"""COPY {staging(table)} ({names})
+FROM {literal(run.url(table.name, "manifest.json"))}
+IAM_ROLE {literal(role) if role else "default"}
+REGION {literal(region)}
+MANIFEST GZIP CSV IGNOREHEADER 1
+NULL AS {literal(run.null)}
+DATEFORMAT 'auto' TIMEFORMAT 'auto'
+COMPUPDATE OFF STATUPDATE OFF""",
+    )
+
+
+def doubles_sql(table: Table) -> str:
+    """SELECT of the keys that several staged rows have: Redshift enforces no primary key."""
+    key = quoted(*table.key)
+    return f"SELECT {key}\nFROM {staging(table)}\nGROUP BY {key}\nHAVING count(*) > 1\nLIMIT 5"
+
+
+def swap_sql(run: Run, table: Table) -> tuple[str, str]:
+    """DELETE and INSERT that put the staged rows in the place of the target's.
+
+    Not TRUNCATE, which commits; and no lock, so that readers and the load never wait.
+    """
+    names = quoted(*(column.name for column in table.columns))
+    delete = f"DELETE FROM {quoted(table.name)}"
+    if table.mode == "upsert":
+        same = (f"{quoted(f'{table.name}.{k}')} = {staging(table)}.{quoted(k)}" for k in table.key)
+        delete += f"\nUSING {staging(table)}\nWHERE " + " AND ".join(same)
+    return (
+        delete,
+        f"""INSERT INTO {quoted(table.name)} ({names}, "_run_id", "_loaded_at")
+SELECT {names}, {literal(run.id)}, GETDATE()
+FROM {staging(table)}""",
+    )
+
+
+def connect(credentials: Credentials) -> redshift_connector.Connection:
+    """Connects over TLS, to a host whose certificate has its name."""
+    try:
+        return redshift_connector.connect(
+            **vars(credentials),
+            ssl=True,
+            sslmode="verify-full",  # by default the driver only warns of another host's certificate
+            tcp_keepalive=True,
+            application_name="sequra_challenge",
+        )
+    except (redshift_connector.Error, OSError) as error:
+        to = f"{credentials.host}:{credentials.port}, database {credentials.database}"
+        raise PipelineError(
+            f"cannot connect to Redshift at {to}: {redshift_reason(error)}"
+        ) from None
+
+
+def redshift_reason(error: Exception) -> str:
+    """What the server said, which the driver hands on as a dict, or the socket."""
+    if error.args and isinstance(error.args[0], dict):
+        return ". ".join(error.args[0][name] for name in "MD" if error.args[0].get(name))
+    return ": ".join(map(str, error.args))
+
+
+def execute(cursor: redshift_connector.Cursor, sql: str) -> redshift_connector.Cursor:
+    """Executes one statement. Raises PipelineError with its beginning and the server's reason."""
+    log.debug("load: %s", sql)
+    try:
+        return cursor.execute(sql)
+    except (redshift_connector.Error, OSError) as error:
+        begin = " ".join(sql.split())[:60]
+        raise PipelineError(f"load: {begin}…: {redshift_reason(error)}") from error
+
+
+def load(run: Run, connection: Any, region: str, staged: list[PartWriter]) -> None:
+    """Copies the staged files into temporary tables, then swaps the rows of all tables at once.
+
+    A reader sees the rows of before, or those of this run, in all tables.
+    """
+    cursor = connection.cursor()
+    connection.autocommit = True  # pg_last_copy_id() does not survive a rollback
+    for parts in staged:
+        table = parts.table
+        create, copy = copy_sql(run, table, region)
+        execute(cursor, create_sql(table))
+        execute(cursor, create)
+        try:
+            execute(cursor, copy)
+        except PipelineError as error:
+            raise PipelineError(f"COPY for {table.name}: {copy_error(cursor) or error}") from None
+        (rows,) = execute(cursor, "SELECT pg_last_copy_count()").fetchone()
+        if rows != parts.rows:
+            counts = f"{rows} rows were loaded, {parts.rows} were staged"
+            raise PipelineError(f"COPY for {table.name}: {counts}")
+        doubles = execute(cursor, doubles_sql(table)).fetchall()
+        _refuse_doubles(table, [dict(zip(table.key, row, strict=True)) for row in doubles])
+    connection.autocommit = False
+    for parts in staged:
+        for sql in swap_sql(run, parts.table):
+            execute(cursor, sql)
+    execute(cursor, "COMMIT")
+
+
+# Only stl_load_errors shows the value, and only a provisioned cluster has it.
+COPY_ERRORS = (
+    """SELECT filename, line_number, colname, type, err_reason, raw_field_value
+FROM stl_load_errors WHERE query = pg_last_copy_id() LIMIT 1""",
+    """SELECT file_name, line_number, column_name, column_type, error_message, NULL
+FROM sys_load_error_detail WHERE query_id = pg_last_copy_id() LIMIT 1""",
+)
+
+
+def copy_error(cursor: redshift_connector.Cursor) -> str | None:
+    """Redshift's reason for the last COPY to fail: file, line, column, type and value."""
+    for sql in COPY_ERRORS:
+        with contextlib.suppress(PipelineError):
+            if row := execute(cursor, sql).fetchone():
+                file, line, column, kind, reason, value = (str(cell).strip() for cell in row)
+                return f"COPY: {file}, line {line}, column {column} ({kind}): {reason}: {value!r}"
+    return None
+
+
+# --- run ----------------------------------------------------------------------------------------
+
+
+def run_pipeline(config: Config, dry_run: bool) -> None:
+    """Runs the pipeline once. Raises PipelineError; then no target has changed."""
+    run = Run(config, Path(tempfile.mkdtemp(prefix="sequra-")))
+    log.info("run %s: %s", run.id, public_url(config.url))
+    try:
+        with timed("extract") as figures:
+            body = extract(config.url, run.folder)
+            figures["bytes"] = body.stat().st_size
+        with timed("transform") as figures:
+            staged = transform_to_parts(run, body)
+            figures |= {parts.table.name: parts.rows for parts in staged}
+        if dry_run:
+            print_dry_run(run, staged)
+            return
+        session = aws_session()
+        with timed("stage") as figures:
+            stage(run, session.client("s3"), body, staged)
+            files = [part for parts in staged for part in parts.parts]
+            figures |= {"files": len(files), "bytes": sum(file.stat().st_size for file in files)}
+        with timed("load") as figures:
+            credentials = read_credentials(session, config.secret)
+            with contextlib.closing(connect(credentials)) as connection:
+                load(run, connection, session.region_name, staged)
+            figures["tables"] = len(staged)
+    finally:
+        if not dry_run:
+            shutil.rmtree(run.folder, ignore_errors=True)
+    seconds = (datetime.now(UTC) - run.started).total_seconds()
+    rows = ", ".join(f"{parts.table.name} {parts.rows} rows" for parts in staged)
+    log.info("run %s: done: %s, %.1f s", run.id, rows, seconds)
+
+
+@contextlib.contextmanager
+def timed(step: str) -> Iterator[dict[str, Any]]:
+    """Logs a step when it is done: the figures put into the dict, and the seconds it took."""
+    figures: dict[str, Any] = {}
+    start = time.perf_counter()
+    yield figures
+    figures["seconds"] = f"{time.perf_counter() - start:.2f}"
+    log.info("%s: %s", step, ", ".join(f"{name} {value}" for name, value in figures.items()))
+
+
+def print_dry_run(run: Run, staged: list[PartWriter]) -> None:
+    """Prints the files, the first rows and the SQL of a run that goes no further."""
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "<region>"
+    for parts in staged:
+        table = parts.table
+        print(f"\n-- {table.name}: {parts.rows} rows in", *parts.parts, sep="\n--   ")
+        first = pd.read_csv(parts.parts[0], nrows=3, dtype=str, keep_default_na=False)
+        print(first.replace(run.null, "NULL").T.to_string(header=False, max_colwidth=36))
+        sqls = [create_sql(table), *copy_sql(run, table, region), doubles_sql(table)]
+        print("", *sqls, *swap_sql(run, table), sep="\n\n", end="\n")
+
+
+# --- main ---------------------------------------------------------------------------------------
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the program and returns its exit status: 0 done, 1 failed, 2 wrong configuration."""
+    parser = argparse.ArgumentParser(description="Load a JSON API into Amazon Redshift.")
+    option = parser.add_argument
+    option("--config", type=Path, default=DEFAULT_CONFIG, help="default: conf/pipeline.yaml")
+    option("--source", help="URL (https, http, s3) or path to read instead of source.url")
+    option("--dry-run", action="store_true", help="stop before S3; print first rows and SQL")
+    option("--verbose", action="store_true", help="log the SQL")
+    options = parser.parse_args(arguments)
+    form = logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
+    form.converter = time.gmtime
+    handler = logging.StreamHandler()
+    handler.setFormatter(form)
+    logging.basicConfig(handlers=[handler])
+    log.setLevel(logging.DEBUG if options.verbose else logging.INFO)
+    try:
+        config = load_config(options.config)
+        import_packages()
+        run_pipeline(replace(config, url=options.source or config.url), options.dry_run)
+    except ConfigError as error:
+        log.error("%s", error)
+        return 2
+    except (PipelineError, OSError) as error:
+        log.error("%s", error)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

