@@ -171,7 +171,7 @@ RESERVED |= {"oid", "tableoid", "xmin", "cmin", "xmax", "cmax", "ctid", "insertx
 class _Loader(yaml.SafeLoader):
     """YAML as people read it: `on` and `no` are text, and a key stands once in a mapping."""
 
-    yaml_implicit_resolvers: ClassVar = {
+    yaml_implicit_resolvers: ClassVar = {  # type: ignore[misc]
         first: [(tag, regexp) for tag, regexp in resolvers if not tag.endswith(":bool")]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
@@ -196,14 +196,12 @@ def load_config(path: Path) -> Config:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     faults = list(_schema_faults(document, SCHEMA, ""))
     sections = {name: _mapping(_mapping(document).get(name)) for name in SCHEMA}
-    settings = sections["source"] | sections["staging"] | sections["redshift"]
-    config = Config(
-        **{name: settings.get(name) for name in ("url", "bucket", "prefix", "kms_key", "secret")},
-        copy_role=settings.get("copy_role") or os.environ.get("AWS_ROLE_ARN") or None,
-        tables=tuple(
-            _table(str(name), _mapping(table)) for name, table in sections["tables"].items()
-        ),
-    )
+    settings: dict[str, Any] = sections["source"] | sections["staging"] | sections["redshift"]
+    tables = tuple(_table(str(name), _mapping(item)) for name, item in sections["tables"].items())
+    settings["copy_role"] = settings.get("copy_role") or os.environ.get("AWS_ROLE_ARN") or None
+    names = [field.name for field in fields(Config)]
+    settings = {name: settings.get(name) for name in names} | {"tables": tables}
+    config = Config(**settings)
     for table in config.tables:
         faults += [f"tables.{table.name}{fault}" for fault in _table_faults(table)]
     if faults:
@@ -654,9 +652,10 @@ def _times(values: list[Any], kind: str) -> Any:
         raise Unfit("does not exist in the calendar") from None
     if not times.dropna().dt.year.between(1, 9999).all():
         raise Unfit("is outside the years 1 to 9999")
-    unit = "D" if kind == "date" else "us"
-    texts = np.datetime_as_string(times.dt.tz_localize(None).to_numpy(), unit=unit).astype(object)
-    return pd.Series(texts + ("Z" if kind == "timestamptz" else "")).where(times.notna(), None)
+    moments = times.dt.tz_localize(None).to_numpy("datetime64[us]")
+    texts = np.datetime_as_string(moments, unit="D" if kind == "date" else "us").astype(object)
+    texts += "Z" if kind == "timestamptz" else ""
+    return pd.Series(texts, dtype=object).where(times.notna(), None)
 
 
 def warn_of_drift(tables: tuple[Table, ...], served: set[str]) -> None:
@@ -836,9 +835,8 @@ def read_credentials(session: boto3.Session, secret: str) -> Credentials:
         raise PipelineError(f"the secret {secret} lacks {', '.join(missing)}")
     if not re.fullmatch(r"\d{1,5}", str(values["port"])):
         raise PipelineError(f"the secret {secret} has a PORT that is no number")
-    return Credentials(
-        **{name: str(values[name]) for name in names} | {"port": int(values["port"])}
-    )
+    values = {name: str(values[name]) for name in names}
+    return Credentials(**values | {"port": int(values["port"])})
 
 
 def quoted(*names: str) -> str:
@@ -911,7 +909,7 @@ FROM {staging(table)}""",
     )
 
 
-def connect(credentials: Credentials) -> redshift_connector.Connection:
+def connect(credentials: Credentials) -> Any:
     """Connects over TLS, to a host whose certificate has its name."""
     try:
         return redshift_connector.connect(
@@ -935,7 +933,7 @@ def redshift_reason(error: Exception) -> str:
     return ": ".join(map(str, error.args))
 
 
-def execute(cursor: redshift_connector.Cursor, sql: str) -> redshift_connector.Cursor:
+def execute(cursor: Any, sql: str) -> Any:
     """Executes one statement. Raises PipelineError with its beginning and the server's reason."""
     log.debug("load: %s", sql)
     try:
@@ -983,7 +981,7 @@ FROM sys_load_error_detail WHERE query_id = pg_last_copy_id() LIMIT 1""",
 )
 
 
-def copy_error(cursor: redshift_connector.Cursor) -> str | None:
+def copy_error(cursor: Any) -> str | None:
     """Redshift's reason for the last COPY to fail: file, line, column, type and value."""
     for sql in COPY_ERRORS:
         with contextlib.suppress(PipelineError):

