@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gzip
+import hashlib
+import io
 import json
 import logging
 import os
@@ -20,7 +22,9 @@ import random
 import re
 import secrets
 import shutil
+import signal
 import ssl
+import struct
 import sys
 import tempfile
 import time
@@ -50,6 +54,7 @@ if TYPE_CHECKING:
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "conf" / "pipeline.yaml"
 HTTP_TIMEOUT = (10, 60)  # seconds: to connect, between two pieces of the answer
 HTTP_TRIES = 6
+LOAD_TRIES = 4
 READ_CHARACTERS = 1 << 20
 BATCH_RECORDS = 2_000  # some 30 MB of Python objects where a record is 2 kB of JSON
 PART_BYTES = 64 << 20  # compressed; Redshift's guide asks for files of 1 MB to 1 GB
@@ -69,7 +74,8 @@ class PipelineError(Exception):
 def import_packages() -> None:
     """Imports the large packages. --help and a wrong configuration answer without them."""
     global boto3, botocore, np, pd, redshift_connector, requests, urllib3
-    import boto3
+    import boto3.s3.transfer
+    import botocore.config
     import botocore.exceptions
     import botocore.utils
     import numpy as np
@@ -95,6 +101,11 @@ class Column:
         return "_".join(self.path)
 
     @property
+    def sql(self) -> str:
+        """The column's definition in SQL."""
+        return f"{quoted(self.name)} {self.type}" + " NOT NULL" * self.not_null
+
+    @property
     def kind(self) -> str:
         """The type without its arguments: ``varchar``."""
         return self.type.partition("(")[0]
@@ -117,6 +128,8 @@ class Table:
     parent: str | None
     sort_key: tuple[str, ...]
     dist_key: tuple[str, ...]
+    min_rows: int
+    max_shrink: float
 
 
 @dataclass(frozen=True)
@@ -129,42 +142,68 @@ class Config:
     kms_key: str | None
     secret: str
     copy_role: str | None
+    audit_table: str | None
+    connect_seconds: float
+    statement_seconds: float
     tables: tuple[Table, ...]
 
 
-NAME = r"[a-z_][a-z0-9_]{0,126}"
-NAME_RULE = "lower-case letters, digits and underscores, at most 127, no digit first"
+NAME = r"[a-z_][a-z0-9_]{0,126}"  # what Redshift can hold: it folds names to lower case
 ROLE = r"arn:aws[\w-]*:iam::\d{12}:role/[\w+=.@/-]+"
 TYPE = (
-    r"(boolean|smallint|integer|bigint|real|double precision|decimal\(\d{1,2}, ?\d{1,2}\)"
+    r"(boolean|smallint|integer|bigint|real|double precision|decimal\(\d{1,2},\d{1,2}\)"
     r"|varchar\(\d{1,5}\)|date|timestamp|timestamptz|super)( not null)?"
 )
-COLUMNS = (NAME, "a column or a list of columns, not {!r}")
-# setting: (pattern of its text, what else is wrong with it); "?" marks an optional one
+# What the file holds: mappings, patterns of names and texts, limits of numbers, and lists, for
+# which their one item may stand.
 SCHEMA: dict[str, Any] = {
-    "source": {"url": (r".+", "a URL or a path, not {!r}")},
+    "source": {"url": r".+"},
     "staging": {
-        "bucket": (r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", "the name of an S3 bucket, not {!r}"),
-        "prefix": (r"[\w!.*()=-]+(/[\w!.*()=-]+)*", "a path such as data/spacex, not {!r}"),
-        "kms_key?": (r"[\w:/-]+", "the id, alias or ARN of a KMS key, not {!r}"),
+        "bucket": r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]",
+        "prefix": r"[\w!.*()=-]+(/[\w!.*()=-]+)*",
+        "kms_key": r"[\w:/-]+",
     },
     "redshift": {
-        "secret": (r"[\w/+=.@:-]+", "the name or ARN of a secret, not {!r}"),
-        "copy_role?": (rf"{ROLE}(,{ROLE})*", "the ARN of an IAM role, not {!r}"),
+        "secret": r"[\w/+=.@:-]+",
+        "copy_role": rf"{ROLE}(,{ROLE})*",
+        "audit_table": rf"{NAME}\.{NAME}",
+        "connect_seconds": (0, 3600),
+        "statement_seconds": (1, 86_400),
     },
     "tables": {
-        "*": {
-            "columns": {"*": (TYPE, "unknown type {!r}")},
-            "key": COLUMNS,
-            "mode?": ("replace|upsert", "replace or upsert, not {!r}"),
-            "rows?": (r"[^.]+(\.[^.]+)*", "the path of an array, not {!r}"),
-            "parent?": (r"[^.]+", "a name for the record around the array, not {!r}"),
-            "sort_key?": COLUMNS,
-            "dist_key?": (NAME, "a column, not {!r}"),
+        r".+": {
+            "columns": {r".+": TYPE},
+            "key": [NAME],
+            "mode": "replace|upsert",
+            "rows": r"[^.]+(\.[^.]+)*",
+            "parent": r"[^.]+",
+            "sort_key": [NAME],
+            "dist_key": NAME,
+            "min_rows": (0, 1e12),
+            "max_shrink": (0, 1),
         }
     },
 }
-RESERVED = {"_run_id", "_loaded_at"}  # set by the load; the others are system columns
+DEFAULTS: dict[str, Any] = {  # of the settings that may be missing
+    "kms_key": None,
+    "copy_role": None,
+    "audit_table": "public.etl_runs",
+    "connect_seconds": 120,
+    "statement_seconds": 3600,
+    "mode": "replace",
+    "rows": None,
+    "parent": None,
+    "sort_key": [],
+    "dist_key": [],
+    "min_rows": 1,
+    "max_shrink": 0.2,
+}
+# What the load sets in each row.
+META_COLUMNS = (
+    Column(("_run_id",), "varchar(64)", False),
+    Column(("_loaded_at",), "timestamptz", False),
+)
+RESERVED = {column.name for column in META_COLUMNS}  # and Redshift's system columns
 RESERVED |= {"oid", "tableoid", "xmin", "cmin", "xmax", "cmax", "ctid", "insertxid", "deletexid"}
 
 
@@ -196,12 +235,12 @@ def load_config(path: Path) -> Config:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     faults = list(_schema_faults(document, SCHEMA, ""))
     sections = {name: _mapping(_mapping(document).get(name)) for name in SCHEMA}
-    settings: dict[str, Any] = sections["source"] | sections["staging"] | sections["redshift"]
-    tables = tuple(_table(str(name), _mapping(item)) for name, item in sections["tables"].items())
+    settings = {**sections["source"], **sections["staging"], **sections["redshift"]}
     settings["copy_role"] = settings.get("copy_role") or os.environ.get("AWS_ROLE_ARN") or None
-    names = [field.name for field in fields(Config)]
-    settings = {name: settings.get(name) for name in names} | {"tables": tables}
-    config = Config(**settings)
+    settings["tables"] = tuple(
+        _table(str(name), _mapping(it)) for name, it in sections["tables"].items()
+    )
+    config = Config(**_settings_of(Config, settings))
     for table in config.tables:
         faults += [f"tables.{table.name}{fault}" for fault in _table_faults(table)]
     if faults:
@@ -213,67 +252,66 @@ def _mapping(value: Any) -> dict[Any, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def _settings_of(kind: type, settings: dict[Any, Any]) -> dict[str, Any]:
+    # A setting that is null is one that is missing, but for audit_table: null turns that off.
+    given = {n: value for n, value in settings.items() if value is not None or n == "audit_table"}
+    return {field.name: (DEFAULTS | given).get(field.name) for field in fields(kind)}
+
+
 def _schema_faults(value: Any, schema: Any, at: str) -> Iterator[str]:
-    if isinstance(schema, tuple):
-        pattern, wrong = schema
-        for text in value if isinstance(value, list) and schema is COLUMNS else [value]:
-            if not isinstance(text, str) or not re.fullmatch(pattern, text, re.ASCII):
-                yield f"{at}: {wrong.format(text)}"
+    if isinstance(schema, list):
+        for item in value if isinstance(value, list) else [value]:
+            yield from _schema_faults(item, schema[0], at)
+    elif isinstance(schema, str):
+        if not isinstance(value, str) or not re.fullmatch(schema, value, re.ASCII):
+            rule = "unknown type" if schema is TYPE else f"must match {schema}, not"
+            yield f"{at}: {rule} {value!r}"
+    elif isinstance(schema, tuple):
+        if type(value) not in (int, float) or not schema[0] <= value <= schema[1]:
+            yield f"{at}: must be a number from {schema[0]} to {schema[1]:g}, not {value!r}"
     elif not isinstance(value, dict) or not value:
-        yield f"{at or 'the file'}: not a mapping but {shorten(value)}"
+        yield f"{at or 'the file'}: must be a mapping, not {shorten(value)}"
     else:
         dot = f"{at}." if at else ""
-        for key, inner in value.items():
-            rule = schema.get(key) or schema.get(f"{key}?") or schema.get("*")
-            if not rule:
-                yield f"{dot}{key}: unknown key, known are {', '.join(schema).replace('?', '')}"
-            elif inner is not None or f"{key}?" not in schema:
-                yield from _schema_faults(inner, rule, f"{dot}{key}")
-        yield from (
-            f"{dot}{key}: missing" for key in schema if key[-1] not in "?*" and key not in value
-        )
+        for name, inner in value.items():
+            known = next((known for known in schema if re.fullmatch(known, str(name))), None)
+            if known is None:
+                yield f"{dot}{name}: unknown key, expected {' or '.join(schema)}"
+            elif inner is not None or known not in DEFAULTS:
+                yield from _schema_faults(inner, schema[known], f"{dot}{name}")
+        for name in schema:
+            if name.isidentifier() and name not in DEFAULTS and name not in value:
+                yield f"{dot}{name}: missing"
 
 
 def _table(name: str, settings: dict[str, Any]) -> Table:
     columns = []
     for path, text in _mapping(settings.get("columns")).items():
         type_, _, not_null = str(text).partition(" not ")
-        columns.append(
-            Column(tuple(str(path).split(".")), type_.replace(" ,", ","), bool(not_null))
-        )
-
-    def names(setting: str) -> tuple[str, ...]:
-        value = settings.get(setting) or []
-        return tuple(map(str, value if isinstance(value, list) else [value]))
-
-    rows = settings.get("rows")
-    return Table(
-        name=name,
-        columns=tuple(columns),
-        key=names("key"),
-        mode=settings.get("mode") or "replace",
-        rows=tuple(str(rows).split(".")) if rows else (),
-        parent=settings.get("parent"),
-        sort_key=names("sort_key"),
-        dist_key=names("dist_key"),
-    )
+        columns.append(Column(tuple(str(path).split(".")), type_, bool(not_null)))
+    settings = _settings_of(Table, settings | {"name": name, "columns": tuple(columns)})
+    for setting in ("key", "sort_key", "dist_key"):
+        value = settings[setting] or []
+        settings[setting] = tuple(map(str, value if isinstance(value, list) else [value]))
+    settings["rows"] = tuple(str(settings["rows"]).split(".")) if settings["rows"] else ()
+    return Table(**settings)
 
 
 def _table_faults(table: Table) -> Iterator[str]:
     if not re.fullmatch(rf"{NAME}\.{NAME}", table.name):
-        yield f": must be schema.table, each {NAME_RULE}"
+        yield f": must be schema.table, each matching {NAME}"
     kinds = {column.name: column.kind for column in table.columns}
     for column in table.columns:
         at = f".columns.{'.'.join(column.path)}"
         if not re.fullmatch(NAME, column.name) or not all(column.path):
-            yield f"{at}: the column would be {column.name!r}, a name is {NAME_RULE}"
+            yield f"{at}: the name of the column, {column.name!r}, must match {NAME}"
         if column.name in RESERVED:
-            yield f"{at}: the column name {column.name} is reserved"
-        match column.kind, column.arguments:
-            case "varchar", (size,) if not 1 <= size <= 65_535:
-                yield f"{at}: varchar holds 1 to 65535 bytes, not {size}"
-            case "decimal", (precision, scale) if not 38 >= precision >= max(scale, 1):
-                yield f"{at}: decimal(p,s) needs p from 1 to 38 and s up to p"
+            yield f"{at}: the name {column.name!r} is reserved"
+        most = 38 if column.kind == "decimal" else 65_535
+        if column.arguments and not 0 < column.arguments[0] <= most:
+            yield f"{at}: {column.type}: {column.kind} takes 1 to {most}"
+        if column.arguments and column.arguments[-1] > column.arguments[0]:
+            yield f"{at}: {column.type}: the scale is larger than the precision"
     for name, paths in Counter(column.name for column in table.columns).items():
         if paths > 1:
             yield f".columns: {paths} paths give the column {name!r}"
@@ -302,8 +340,7 @@ def extract(source: str, folder: Path) -> Path:
         download(source, target)
     elif parts.scheme == "s3":
         with aws_errors("read", source):
-            s3 = aws_session().client("s3")
-            s3.download_file(parts.netloc, parts.path.lstrip("/"), str(target))
+            aws_client("s3").download_file(parts.netloc, parts.path.lstrip("/"), str(target))
     else:
         target = Path(source).expanduser()
         if not target.is_file():
@@ -359,6 +396,11 @@ def is_gzipped(path: Path) -> bool:
         return file.read(2) == b"\x1f\x8b"
 
 
+def open_body(path: Path) -> Any:
+    """Opens a source as it was served; the raw responses in S3 are gzipped."""
+    return gzip.open(path) if is_gzipped(path) else path.open("rb")
+
+
 # --- transform ----------------------------------------------------------------------------------
 
 
@@ -373,9 +415,8 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
     Raises PipelineError for anything but an array of at least one object.
     """
     count = 0
-    opener: Callable[..., Any] = gzip.open if is_gzipped(path) else open
     try:
-        with opener(path, "rt", encoding="utf-8-sig", newline="") as text:
+        with io.TextIOWrapper(open_body(path), "utf-8-sig", newline="") as text:
             for count, record in enumerate(_read_array(text), 1):
                 if not isinstance(record, dict):
                     raise PipelineError(f"record {count} is not an object: {shorten(record)}")
@@ -628,23 +669,20 @@ def _texts_in(value: Any) -> Iterator[str]:
             yield from _texts_in(inner)
 
 
-TIMES = {  # kind: (pattern, what it is)
-    "date": (r"\d{4}-\d\d-\d\d", "a date such as 2006-03-24"),
-    "timestamp": (
-        r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(\.\d{1,6}0*)?",
-        "a time such as 2006-03-24T22:30:00.000, without an offset",
-    ),
-    "timestamptz": (
-        r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(\.\d{1,6}0*)?(Z|[+-]\d\d(:?\d\d)?)",
-        "a time such as 2006-03-24T22:30:00.000Z, with an offset",
-    ),
+DATE = r"\d{4}-\d\d-\d\d"
+TIME = DATE + r"[T ]\d\d:\d\d:\d\d(\.\d{1,6}0*)?"
+TIMES = {"date": DATE, "timestamp": TIME, "timestamptz": TIME + r"(Z|[+-]\d\d(:?\d\d)?)"}
+EXAMPLES = {
+    "date": "2006-03-24",
+    "timestamp": "2006-03-24T22:30:00, without an offset",
+    "timestamptz": "2006-03-24T22:30:00Z, with an offset",
 }
 
 
 def _times(values: list[Any], kind: str) -> Any:
     """ISO 8601 texts, with microseconds and in UTC, as COPY reads them with TIMEFORMAT 'auto'."""
-    pattern, what = TIMES[kind]
-    if not all(map(re.compile(pattern).fullmatch, _only(values, what, str))):
+    what = f"a {kind} such as {EXAMPLES[kind]}"
+    if not all(map(re.compile(TIMES[kind], re.ASCII).fullmatch, _only(values, what, str))):
         raise Unfit(f"is not {what}")
     try:
         times = pd.to_datetime(pd.Series(values, dtype=object), format="ISO8601", utc=True)
@@ -679,6 +717,7 @@ class Run:
 
     config: Config
     folder: Path
+    allow_shrink: bool = False
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
     token: str = field(default_factory=lambda: secrets.token_hex(4))
 
@@ -751,18 +790,19 @@ def transform_to_parts(run: Run, body: Path) -> list[PartWriter]:
     return staged
 
 
-def aws_session() -> boto3.Session:
-    """A session in $AWS_REGION, the profile's region, or else the region of the EC2 instance."""
-    session = boto3.Session(region_name=os.environ.get("AWS_REGION"))
-    region = session.region_name or botocore.utils.IMDSRegionProvider(session._session).provide()
+def aws_client(service: str) -> Any:
+    """A client in $AWS_REGION, the profile's region, or else the region of the EC2 instance."""
+    region = os.environ.get("AWS_REGION") or boto3.Session().region_name
+    region = region or botocore.utils.IMDSRegionProvider(boto3.Session()._session).provide()
     if not region:
         raise PipelineError("no AWS region: set AWS_REGION, or a region in the AWS profile")
-    return boto3.Session(region_name=region)
+    retries = botocore.config.Config(retries={"mode": "standard"})
+    return boto3.client(service, region_name=region, config=retries)
 
 
 @contextlib.contextmanager
 def aws_errors(action: str, resource: str) -> Iterator[None]:
-    """Turns what boto3 raises into a PipelineError that says what could not be done to what."""
+    """Turns what boto3 raises into a PipelineError: what could not be done to what, and as whom."""
     try:
         yield
     except (
@@ -770,11 +810,15 @@ def aws_errors(action: str, resource: str) -> Iterator[None]:
         botocore.exceptions.ClientError,
         boto3.exceptions.Boto3Error,
     ) as error:
-        raise PipelineError(f"cannot {action} {resource}: {error}") from None
+        identity = ""
+        with contextlib.suppress(Exception):
+            identity = f" as {aws_client('sts').get_caller_identity()['Arn']}"
+        raise PipelineError(f"cannot {action} {resource}{identity}: {error}") from None
 
 
 def stage(run: Run, s3: Any, body: Path, staged: list[PartWriter]) -> None:
     """Uploads the raw response, gzipped, and of each table the parts and then the manifest."""
+    threadless = boto3.s3.transfer.TransferConfig(use_threads=False)  # a signal ends it at once
     encryption = {"ServerSideEncryption": "AES256"}
     if run.config.kms_key:
         encryption = {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": run.config.kms_key}
@@ -783,7 +827,7 @@ def stage(run: Run, s3: Any, body: Path, staged: list[PartWriter]) -> None:
         url = run.url(name, file.name)
         with aws_errors("write", url):
             bucket, key = urlsplit(url).netloc, urlsplit(url).path[1:]
-            s3.upload_file(str(file), bucket, key, ExtraArgs=encryption)
+            s3.upload_file(str(file), bucket, key, ExtraArgs=encryption, Config=threadless)
         return {"url": url, "mandatory": True}
 
     raw = run.folder / "response.json.gz"
@@ -814,16 +858,15 @@ class Credentials:
     password: str = field(repr=False)
 
 
-def read_credentials(session: boto3.Session, secret: str) -> Credentials:
+def read_credentials(secret: str) -> Credentials:
     """Reads the secret: the fields of Credentials in upper or lower case, as JSON.
 
     AWS's own Redshift secrets say dbname and username. Raises PipelineError when it is something
     else; its values are never shown.
     """
     with aws_errors("read", f"the secret {secret}"):
-        text = (
-            session.client("secretsmanager").get_secret_value(SecretId=secret).get("SecretString")
-        )
+        manager = aws_client("secretsmanager")
+        text = manager.get_secret_value(SecretId=secret).get("SecretString")
     try:
         values = {name.lower(): value for name, value in json.loads(text).items()}
     except (ValueError, TypeError, AttributeError):
@@ -858,9 +901,8 @@ def literal(text: str) -> str:
 
 def create_sql(table: Table) -> str:
     """CREATE TABLE for a target that does not exist yet."""
-    columns = [f"{quoted(c.name)} {c.type}" + " NOT NULL" * c.not_null for c in table.columns]
-    columns += ['"_run_id" varchar(64)', '"_loaded_at" timestamptz']
-    sql = f"CREATE TABLE IF NOT EXISTS {quoted(table.name)} (\n  " + ",\n  ".join(columns) + "\n)"
+    columns = ",\n  ".join(column.sql for column in (*table.columns, *META_COLUMNS))
+    sql = f"CREATE TABLE IF NOT EXISTS {quoted(table.name)} (\n  {columns}\n)"
     if table.dist_key:
         sql += f"\nDISTKEY ({quoted(*table.dist_key)})"
     if table.sort_key:
@@ -909,28 +951,57 @@ FROM {staging(table)}""",
     )
 
 
-def connect(credentials: Credentials) -> Any:
-    """Connects over TLS, to a host whose certificate has its name."""
-    try:
-        return redshift_connector.connect(
-            **vars(credentials),
-            ssl=True,
-            sslmode="verify-full",  # by default the driver only warns of another host's certificate
-            tcp_keepalive=True,
-            application_name="sequra_challenge",
-        )
-    except (redshift_connector.Error, OSError) as error:
-        to = f"{credentials.host}:{credentials.port}, database {credentials.database}"
-        raise PipelineError(
-            f"cannot connect to Redshift at {to}: {redshift_reason(error)}"
-        ) from None
+class TransientError(PipelineError):
+    """Redshift was not there, or undid what was asked: asked again it may well do it."""
 
 
-def redshift_reason(error: Exception) -> str:
-    """What the server said, which the driver hands on as a dict, or the socket."""
-    if error.args and isinstance(error.args[0], dict):
-        return ". ".join(error.args[0][name] for name in "MD" if error.args[0].get(name))
-    return ": ".join(map(str, error.args))
+# 40001 and 1023: two loaders wrote the same table; 23505, 42701, 42P07: two created a table or a
+# column at the same moment (Redshift enforces no unique key of ours); 55P03: no lock in time;
+# 53, 57P0, 08: no room for another connection, the server stops or starts, the connection broke.
+TRANSIENT = re.compile("40001|23505|42701|42P07|55P03|53...|57P0.|08...")
+
+
+def redshift_error(error: Exception) -> PipelineError:
+    """What the driver raised, as one sentence; it hands on the server's message as a dict."""
+    if not isinstance(error, redshift_connector.Error | OSError | struct.error):
+        raise error
+    said = next((argument for argument in error.args if isinstance(argument, dict)), None)
+    if said:
+        text = ". ".join(said[name] for name in "MD" if said.get(name))
+        transient = text.startswith("1023") or bool(TRANSIENT.fullmatch(said.get("C", "")))
+    else:
+        cause = next((argument for argument in error.args if isinstance(argument, OSError)), error)
+        text, transient = str(cause), not isinstance(cause, ssl.SSLCertVerificationError)
+    return TransientError(text) if transient else PipelineError(text)
+
+
+def connect(config: Config, credentials: Credentials) -> Any:
+    """Connects over TLS to a host whose certificate has its name.
+
+    Tries again for ``connect_seconds``: a paused cluster takes minutes to resume.
+    """
+    to = f"{credentials.host}:{credentials.port}, database {credentials.database}"
+    give_up, wait = time.monotonic() + config.connect_seconds, 1.0
+    while True:
+        try:
+            connection = redshift_connector.connect(
+                **vars(credentials),
+                ssl=True,
+                sslmode="verify-full",  # by default the driver only warns of another host's name
+                timeout=30,
+                tcp_keepalive_idle=60,
+                application_name="sequra_challenge",
+            )
+        except Exception as caught:
+            error = redshift_error(caught)
+            if not isinstance(error, TransientError) or time.monotonic() + wait > give_up:
+                raise PipelineError(f"cannot connect to Redshift at {to}: {error}") from None
+            log.warning("load: cannot connect: %s, trying again in %.0f s", error, wait)
+            time.sleep(wait)
+            wait = min(wait * 2, 15)
+        else:
+            connection._usock.settimeout(None)  # the driver's is for every answer, COPY's too
+            return connection
 
 
 def execute(cursor: Any, sql: str) -> Any:
@@ -938,38 +1009,166 @@ def execute(cursor: Any, sql: str) -> Any:
     log.debug("load: %s", sql)
     try:
         return cursor.execute(sql)
-    except (redshift_connector.Error, OSError) as error:
-        begin = " ".join(sql.split())[:60]
-        raise PipelineError(f"load: {begin}…: {redshift_reason(error)}") from error
+    except Exception as caught:
+        error = redshift_error(caught)
+        raise type(error)(f"{' '.join(sql.split())[:60]}…: {error}") from None
 
 
-def load(run: Run, connection: Any, region: str, staged: list[PartWriter]) -> None:
-    """Copies the staged files into temporary tables, then swaps the rows of all tables at once.
+def load(run: Run, staged: list[PartWriter], region: str, sha256: str) -> None:
+    """Loads the staged files into the tables; where that may help, again on a new connection.
 
-    A reader sees the rows of before, or those of this run, in all tables.
+    Loading twice does no harm, and the swap notices when a commit's answer was all that got lost.
     """
-    cursor = connection.cursor()
-    connection.autocommit = True  # pg_last_copy_id() does not survive a rollback
-    for parts in staged:
-        table = parts.table
-        create, copy = copy_sql(run, table, region)
-        execute(cursor, create_sql(table))
-        execute(cursor, create)
+    credentials = read_credentials(run.config.secret)
+    for retries_left in reversed(range(LOAD_TRIES)):
+        connection = connect(run.config, credentials)
         try:
-            execute(cursor, copy)
-        except PipelineError as error:
-            raise PipelineError(f"COPY for {table.name}: {copy_error(cursor) or error}") from None
-        (rows,) = execute(cursor, "SELECT pg_last_copy_count()").fetchone()
-        if rows != parts.rows:
-            counts = f"{rows} rows were loaded, {parts.rows} were staged"
-            raise PipelineError(f"COPY for {table.name}: {counts}")
-        doubles = execute(cursor, doubles_sql(table)).fetchall()
-        _refuse_doubles(table, [dict(zip(table.key, row, strict=True)) for row in doubles])
-    connection.autocommit = False
+            cursor = connection.cursor()
+            connection.autocommit = True  # pg_last_copy_id() does not survive a rollback
+            execute(cursor, f"SET statement_timeout TO {int(run.config.statement_seconds * 1000)}")
+            prepare_targets(cursor, run.config)
+            for parts in staged:
+                copy(cursor, run, parts, region)
+            connection.autocommit = False
+            swap(cursor, run, staged, sha256)
+            return
+        except TransientError as error:
+            if not retries_left:
+                raise
+            log.warning("load: %s, trying again", error)
+        finally:
+            with contextlib.suppress(redshift_connector.Error, OSError):
+                connection.close()  # the server rolls back what was not committed
+
+
+COLUMNS_SQL = """SELECT column_name, data_type, character_maximum_length, numeric_precision,
+  numeric_scale
+FROM svv_columns
+WHERE table_schema = {} AND table_name = {}"""
+
+
+def prepare_targets(cursor: Any, config: Config) -> None:
+    """Creates missing tables, adds missing columns and widens narrower texts.
+
+    Raises PipelineError, before any of that, where a table differs in another way.
+    """
+    changes, faults = [], []
+    for table in (*config.tables, *audit_table(config)):
+        rows = execute(cursor, COLUMNS_SQL.format(*map(literal, table.name.split(".")))).fetchall()
+        existing = {name: Column((name,), _type_sql(*kind), False) for name, *kind in rows}
+        alter = f"ALTER TABLE {quoted(table.name)}"
+        for column in (*table.columns, *META_COLUMNS) if existing else ():
+            has = existing.pop(column.name, None)
+            where = f"{table.name}: the column {column.name}"
+            if has is None and not column.not_null:
+                changes.append(f"{alter} ADD COLUMN {column.sql}")
+            elif has is None:
+                faults.append(f"{where} is missing: {alter} ADD COLUMN {column.sql} DEFAULT …")
+            elif has.kind == column.kind == "varchar":
+                if has.arguments < column.arguments:
+                    name = quoted(column.name)
+                    changes.append(f"{alter} ALTER COLUMN {name} TYPE {column.type}")
+            elif has.type != column.type:
+                fix = (
+                    f"{alter} RENAME COLUMN {quoted(column.name)} TO {quoted(column.name + '_old')}"
+                )
+                faults.append(f"{where} is {has.type} there and {column.type} here: {fix}")
+        if not rows:
+            changes.append(create_sql(table))
+        elif existing:
+            log.warning("load: %s also has the columns %s", table.name, ", ".join(existing))
+    if faults:
+        raise PipelineError("\n  ".join(["tables differ from the configuration:", *faults]))
+    for sql in changes:
+        log.info("load: %s", sql.partition(" (")[0])
+        execute(cursor, sql)
+
+
+def _type_sql(kind: str, length: int, precision: int, scale: int) -> str:
+    return {
+        "character varying": f"varchar({length})",
+        "numeric": f"decimal({precision},{scale})",
+        "timestamp without time zone": "timestamp",
+        "timestamp with time zone": "timestamptz",
+    }.get(kind, kind)
+
+
+def copy(cursor: Any, run: Run, parts: PartWriter, region: str) -> None:
+    """Copies a table's files into its staging table; checks the number of rows and the keys."""
+    table = parts.table
+    create, copy = copy_sql(run, table, region)
+    execute(cursor, create)
+    try:
+        execute(cursor, copy)
+    except TransientError:
+        raise
+    except PipelineError as error:
+        raise PipelineError(f"COPY for {table.name}: {copy_error(cursor) or error}") from None
+    (rows,) = execute(cursor, "SELECT pg_last_copy_count()").fetchone()
+    if rows != parts.rows:
+        raise PipelineError(f"COPY for {table.name}: {rows} rows, but {parts.rows} were staged")
+    doubles = execute(cursor, doubles_sql(table)).fetchall()
+    _refuse_doubles(table, [dict(zip(table.key, row, strict=True)) for row in doubles])
+
+
+def swap(cursor: Any, run: Run, staged: list[PartWriter], sha256: str) -> None:
+    """Puts the staged rows of all tables in place, and a row for each into the audit table.
+
+    All in one transaction: a reader sees the rows of before or those of this run, everywhere.
+    """
+    for audit in audit_table(run.config):
+        # The loaders' turnstile. First of all, because the snapshot is taken after it.
+        execute(cursor, f"LOCK {quoted(audit.name)}")
+    witness = run.config.audit_table or staged[0].table.name
+    by_this_run = f"SELECT count(*) FROM {quoted(witness)} WHERE _run_id = {literal(run.id)}"
+    if execute(cursor, by_this_run).fetchone()[0]:
+        log.info("load: the run is in the tables already: only the answer to its commit was lost")
+        return
+    before = {}
+    for parts in staged:
+        name = parts.table.name
+        (before[name],) = execute(cursor, f"SELECT count(*) FROM {quoted(name)}").fetchone()
+        if parts.table.mode == "replace" and not run.allow_shrink:
+            refuse_shrinking(parts.table, before[name], parts.rows)
     for parts in staged:
         for sql in swap_sql(run, parts.table):
             execute(cursor, sql)
+    for audit in audit_table(run.config):
+        for parts in staged:
+            execute(cursor, audit_sql(run, audit, parts, before[parts.table.name], sha256))
     execute(cursor, "COMMIT")
+
+
+def refuse_shrinking(table: Table, before: int, after: int) -> None:
+    """Raises PipelineError when a replace would leave so few rows that the source seems broken."""
+    least = max(table.min_rows, before * (1 - table.max_shrink))
+    if after < least:
+        raise PipelineError(
+            f"{table.name} has {before} rows and would have {after}, at least {least:.0f} are "
+            f"expected (min_rows {table.min_rows}, max_shrink {table.max_shrink}); "
+            "if that is right, run once with --allow-shrink"
+        )
+
+
+def audit_table(config: Config) -> list[Table]:
+    """The table with a row for each run and table, or none where it is turned off."""
+    if not config.audit_table:
+        return []
+    columns = dict.fromkeys(("table_name", "mode", "source", "manifest", "raw"), "varchar(4096)")
+    columns |= {"sha256": "varchar(64)", "rows_before": "bigint", "rows_loaded": "bigint"}
+    columns |= {"started_at": "timestamptz"}
+    return [_table(config.audit_table, {"columns": columns})]
+
+
+def audit_sql(run: Run, audit: Table, parts: PartWriter, before: int, sha256: str) -> str:
+    """INSERT of what the run did to a table, into the audit table."""
+    name = parts.table.name
+    source, raw = public_url(run.config.url), run.url("raw", "response.json.gz")
+    texts = (name, parts.table.mode, source, run.url(name, "manifest.json"), raw, sha256)
+    values = [literal(text) for text in texts]
+    values += [str(before), str(parts.rows), literal(run.started.isoformat()), literal(run.id)]
+    names = quoted(*(column.name for column in (*audit.columns, *META_COLUMNS)))
+    return f"INSERT INTO {quoted(audit.name)} ({names})\nVALUES ({', '.join(values)}, GETDATE())"
 
 
 # Only stl_load_errors shows the value, and only a provisioned cluster has it.
@@ -986,18 +1185,20 @@ def copy_error(cursor: Any) -> str | None:
     for sql in COPY_ERRORS:
         with contextlib.suppress(PipelineError):
             if row := execute(cursor, sql).fetchone():
-                file, line, column, kind, reason, value = (str(cell).strip() for cell in row)
-                return f"COPY: {file}, line {line}, column {column} ({kind}): {reason}: {value!r}"
+                file, line, column, kind, reason, value = (str(cell or "").strip() for cell in row)
+                shown = f", value {shorten(value)}" if value else ""
+                return f"{file}, line {line}, column {column} ({kind}): {reason}{shown}"
     return None
 
 
 # --- run ----------------------------------------------------------------------------------------
 
 
-def run_pipeline(config: Config, dry_run: bool) -> None:
+def run_pipeline(config: Config, dry_run: bool = False, allow_shrink: bool = False) -> None:
     """Runs the pipeline once. Raises PipelineError; then no target has changed."""
-    run = Run(config, Path(tempfile.mkdtemp(prefix="sequra-")))
+    run = Run(config, Path(tempfile.mkdtemp(prefix="sequra-")), allow_shrink)
     log.info("run %s: %s", run.id, public_url(config.url))
+    keep_folder = False
     try:
         with timed("extract") as figures:
             body = extract(config.url, run.folder)
@@ -1007,19 +1208,19 @@ def run_pipeline(config: Config, dry_run: bool) -> None:
             figures |= {parts.table.name: parts.rows for parts in staged}
         if dry_run:
             print_dry_run(run, staged)
+            keep_folder = True
             return
-        session = aws_session()
         with timed("stage") as figures:
-            stage(run, session.client("s3"), body, staged)
+            s3 = aws_client("s3")
+            stage(run, s3, body, staged)
             files = [part for parts in staged for part in parts.parts]
             figures |= {"files": len(files), "bytes": sum(file.stat().st_size for file in files)}
-        with timed("load") as figures:
-            credentials = read_credentials(session, config.secret)
-            with contextlib.closing(connect(credentials)) as connection:
-                load(run, connection, session.region_name, staged)
+        with timed("load") as figures, open_body(body) as text:
+            sha256 = hashlib.file_digest(text, "sha256").hexdigest()
+            load(run, staged, s3.meta.region_name, sha256)
             figures["tables"] = len(staged)
     finally:
-        if not dry_run:
+        if not keep_folder:
             shutil.rmtree(run.folder, ignore_errors=True)
     seconds = (datetime.now(UTC) - run.started).total_seconds()
     rows = ", ".join(f"{parts.table.name} {parts.rows} rows" for parts in staged)
@@ -1031,7 +1232,10 @@ def timed(step: str) -> Iterator[dict[str, Any]]:
     """Logs a step when it is done: the figures put into the dict, and the seconds it took."""
     figures: dict[str, Any] = {}
     start = time.perf_counter()
-    yield figures
+    try:
+        yield figures
+    except (PipelineError, OSError) as error:
+        raise PipelineError(f"{step}: {error}") from None
     figures["seconds"] = f"{time.perf_counter() - start:.2f}"
     log.info("%s: %s", step, ", ".join(f"{name} {value}" for name, value in figures.items()))
 
@@ -1058,6 +1262,7 @@ def main(arguments: list[str] | None = None) -> int:
     option("--config", type=Path, default=DEFAULT_CONFIG, help="default: conf/pipeline.yaml")
     option("--source", help="URL (https, http, s3) or path to read instead of source.url")
     option("--dry-run", action="store_true", help="stop before S3; print first rows and SQL")
+    option("--allow-shrink", action="store_true", help="replace rows by far fewer, this once")
     option("--verbose", action="store_true", help="log the SQL")
     options = parser.parse_args(arguments)
     form = logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
@@ -1066,10 +1271,13 @@ def main(arguments: list[str] | None = None) -> int:
     handler.setFormatter(form)
     logging.basicConfig(handlers=[handler])
     log.setLevel(logging.DEBUG if options.verbose else logging.INFO)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     try:
         config = load_config(options.config)
         import_packages()
-        run_pipeline(replace(config, url=options.source or config.url), options.dry_run)
+        config = replace(config, url=options.source or config.url)
+        run_pipeline(config, options.dry_run, options.allow_shrink)
     except ConfigError as error:
         log.error("%s", error)
         return 2
@@ -1077,6 +1285,14 @@ def main(arguments: list[str] | None = None) -> int:
         log.error("%s", error)
         return 1
     return 0
+
+
+def stop(number: int, _frame: Any) -> None:
+    """Ends the run on a signal; what has been begun is undone on the way out."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
+    log.error("stopped by %s", signal.Signals(number).name)
+    raise SystemExit(128 + number)
 
 
 if __name__ == "__main__":

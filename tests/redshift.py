@@ -28,6 +28,7 @@ import socket
 import socketserver
 import ssl
 import struct
+import tempfile
 import threading
 import zlib
 from collections.abc import Callable, Iterator
@@ -882,9 +883,9 @@ class Channel:
 class Backend(Channel):
     """A connection to PostgreSQL on behalf of one client."""
 
-    def __init__(self, path: str, parameters: dict[str, str]) -> None:
+    def __init__(self, path: Path, parameters: dict[str, str]) -> None:
         connection = socket.socket(socket.AF_UNIX)
-        connection.connect(path)
+        connection.connect(str(path))
         super().__init__(connection)
         self.status = b"I"
         self.pid = 0
@@ -1071,7 +1072,7 @@ class Session(socketserver.BaseRequestHandler):
             return self.refuse(f'password authentication failed for user "{user}"')
         kept = ("user", "database", "application_name")
         self.backend = Backend(
-            self.redshift.postgres_socket,
+            self.redshift.postgres,
             {key: parameters[key] for key in kept if key in parameters},
         )
         answer = self.backend.answer()
@@ -1306,10 +1307,11 @@ def make_certificate(folder: Path, host: str) -> Certificate:
 class Redshift:
     """A running stand-in for a Redshift cluster; use it as a context manager.
 
-    `folder` must be new or empty. `users` are names and passwords; `superuser` may be one of them.
-    After the start, clients connect to `host` and `port` and trust `ca`. `statements` has the text
-    of every statement received; `hook` is called with "before" or "after" and a statement's text
-    around each that is run, and may raise DropConnection.
+    `folder` gets the certificates; the data is in a temporary folder and gone at the end. `users`
+    are names and passwords; `superuser` may be one of them. After the start, clients connect to
+    `host` and `port` and trust `ca`. `statements` has the text of every statement received; `hook`
+    is called with "before" or "after" and a statement's text around each that is run, and may
+    raise DropConnection. `postgres` is PostgreSQL's own socket.
     """
 
     host = "localhost"
@@ -1348,13 +1350,16 @@ class Redshift:
             self.folder.mkdir(parents=True, exist_ok=True)
             certificate = make_certificate(self.folder, self.certificate_host)
             self.ca = certificate.ca
-            self.cluster = get_server(self.folder / "postgres", start=False)
+            # Not in `folder`: run by root, PostgreSQL is another user, and pytest closes its
+            # temporary folders to other users whenever a session of it starts.
+            data = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="redshift-")))
+            self.cluster = get_server(data / "postgres", start=False)
             self.cluster.ensure_pgdata_inited()
-            with (self.folder / "postgres" / "postgresql.conf").open("a") as settings:
+            with (data / "postgres" / "postgresql.conf").open("a") as settings:
                 settings.write(SETTINGS)
             stack.callback(self.cluster.cleanup)
             self.cluster.start()
-            self.postgres_socket = str(self.cluster.get_postmaster_info().socket_path)
+            self.postgres = Path(str(self.cluster.get_postmaster_info().socket_path))
             self.create_database()
             self.own_connection = stack.enter_context(self.connect())
             self.serve(certificate, stack)
