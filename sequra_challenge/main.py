@@ -77,6 +77,7 @@ def import_packages() -> None:
     import boto3.s3.transfer
     import botocore.config
     import botocore.exceptions
+    import botocore.session
     import botocore.utils
     import numpy as np
     import pandas as pd
@@ -154,49 +155,35 @@ TYPE = (
     r"(boolean|smallint|integer|bigint|real|double precision|decimal\(\d{1,2},\d{1,2}\)"
     r"|varchar\(\d{1,5}\)|date|timestamp|timestamptz|super)( not null)?"
 )
-# What the file holds: mappings, patterns of names and texts, limits of numbers, and lists, for
-# which their one item may stand.
+# What the file holds: mappings, and patterns of the names and the values in them. A pattern in a
+# list stands for one or several values; behind one in a tuple stands the default.
 SCHEMA: dict[str, Any] = {
     "source": {"url": r".+"},
     "staging": {
         "bucket": r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]",
         "prefix": r"[\w!.*()=-]+(/[\w!.*()=-]+)*",
-        "kms_key": r"[\w:/-]+",
+        "kms_key": (r"[\w:/-]+", None),
     },
     "redshift": {
         "secret": r"[\w/+=.@:-]+",
-        "copy_role": rf"{ROLE}(,{ROLE})*",
-        "audit_table": rf"{NAME}\.{NAME}",
-        "connect_seconds": (0, 3600),
-        "statement_seconds": (1, 86_400),
+        "copy_role": (rf"{ROLE}(,{ROLE})*", None),
+        "audit_table": (rf"{NAME}\.{NAME}", "public.etl_runs"),
+        "connect_seconds": (r"\d{1,5}", 120),
+        "statement_seconds": (r"[1-9]\d{0,5}", 3600),
     },
     "tables": {
         r".+": {
             "columns": {r".+": TYPE},
             "key": [NAME],
-            "mode": "replace|upsert",
-            "rows": r"[^.]+(\.[^.]+)*",
-            "parent": r"[^.]+",
-            "sort_key": [NAME],
-            "dist_key": NAME,
-            "min_rows": (0, 1e12),
-            "max_shrink": (0, 1),
+            "mode": ("replace|upsert", "replace"),
+            "rows": (r"[^.]+(\.[^.]+)*", None),
+            "parent": (r"[^.]+", None),
+            "sort_key": ([NAME], ()),
+            "dist_key": (NAME, ()),
+            "min_rows": (r"\d{1,15}", 1),
+            "max_shrink": (r"0|0?\.\d+|1(\.0)?", 0.2),
         }
     },
-}
-DEFAULTS: dict[str, Any] = {  # of the settings that may be missing
-    "kms_key": None,
-    "copy_role": None,
-    "audit_table": "public.etl_runs",
-    "connect_seconds": 120,
-    "statement_seconds": 3600,
-    "mode": "replace",
-    "rows": None,
-    "parent": None,
-    "sort_key": [],
-    "dist_key": [],
-    "min_rows": 1,
-    "max_shrink": 0.2,
 }
 # What the load sets in each row.
 META_COLUMNS = (
@@ -235,12 +222,12 @@ def load_config(path: Path) -> Config:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     faults = list(_schema_faults(document, SCHEMA, ""))
     sections = {name: _mapping(_mapping(document).get(name)) for name in SCHEMA}
-    settings = {**sections["source"], **sections["staging"], **sections["redshift"]}
-    settings["copy_role"] = settings.get("copy_role") or os.environ.get("AWS_ROLE_ARN") or None
-    settings["tables"] = tuple(
-        _table(str(name), _mapping(it)) for name, it in sections["tables"].items()
-    )
-    config = Config(**_settings_of(Config, settings))
+    settings: dict[str, Any] = {}
+    for section in ("source", "staging", "redshift"):
+        settings |= _with_defaults(sections[section], SCHEMA[section])
+    settings["copy_role"] = settings["copy_role"] or os.environ.get("AWS_ROLE_ARN") or None
+    tables = (_table(str(name), _mapping(table)) for name, table in sections["tables"].items())
+    config = Config(**settings, tables=tuple(tables))
     for table in config.tables:
         faults += [f"tables.{table.name}{fault}" for fault in _table_faults(table)]
     if faults:
@@ -252,49 +239,53 @@ def _mapping(value: Any) -> dict[Any, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _settings_of(kind: type, settings: dict[Any, Any]) -> dict[str, Any]:
-    # A setting that is null is one that is missing, but for audit_table: null turns that off.
-    given = {n: value for n, value in settings.items() if value is not None or n == "audit_table"}
-    return {field.name: (DEFAULTS | given).get(field.name) for field in fields(kind)}
+def _with_defaults(given: dict[Any, Any], schema: dict[str, Any]) -> dict[str, Any]:
+    # A setting that is null is as one that is missing, but for audit_table: null turns that off.
+    return {
+        name: given[name]
+        if name in given and (given[name] is not None or name == "audit_table")
+        else (rule[1] if isinstance(rule, tuple) else None)
+        for name, rule in schema.items()
+    }
 
 
 def _schema_faults(value: Any, schema: Any, at: str) -> Iterator[str]:
-    if isinstance(schema, list):
-        for item in value if isinstance(value, list) else [value]:
-            yield from _schema_faults(item, schema[0], at)
-    elif isinstance(schema, str):
-        if not isinstance(value, str) or not re.fullmatch(schema, value, re.ASCII):
-            rule = "unknown type" if schema is TYPE else f"must match {schema}, not"
-            yield f"{at}: {rule} {value!r}"
-    elif isinstance(schema, tuple):
-        if type(value) not in (int, float) or not schema[0] <= value <= schema[1]:
-            yield f"{at}: must be a number from {schema[0]} to {schema[1]:g}, not {value!r}"
-    elif not isinstance(value, dict) or not value:
-        yield f"{at or 'the file'}: must be a mapping, not {shorten(value)}"
-    else:
+    rule, default = schema if isinstance(schema, tuple) else (schema, "")
+    if isinstance(rule, dict):
+        if not isinstance(value, dict) or not value:
+            yield f"{at or 'the file'}: must be a mapping, not {shorten(value)}"
+            return
         dot = f"{at}." if at else ""
         for name, inner in value.items():
-            known = next((known for known in schema if re.fullmatch(known, str(name))), None)
+            known = next((known for known in rule if re.fullmatch(known, str(name))), None)
             if known is None:
-                yield f"{dot}{name}: unknown key, expected {' or '.join(schema)}"
-            elif inner is not None or known not in DEFAULTS:
-                yield from _schema_faults(inner, schema[known], f"{dot}{name}")
-        for name in schema:
-            if name.isidentifier() and name not in DEFAULTS and name not in value:
+                yield f"{dot}{name}: unknown key, expected {' or '.join(rule)}"
+            elif inner is not None or not isinstance(rule[known], tuple):
+                yield from _schema_faults(inner, rule[known], f"{dot}{name}")
+        for name, inner in rule.items():
+            if name.isidentifier() and name not in value and not isinstance(inner, tuple):
                 yield f"{dot}{name}: missing"
+    elif isinstance(rule, list) and isinstance(value, list):
+        yield from (fault for item in value for fault in _schema_faults(item, rule[0], at))
+    else:
+        pattern = rule[0] if isinstance(rule, list) else rule
+        kind = (int, float) if isinstance(default, int | float) else str
+        if not isinstance(value, kind) or not re.fullmatch(pattern, str(value), re.ASCII):
+            wrong = "unknown type" if rule is TYPE else f"must match {pattern}, not"
+            yield f"{at}: {wrong} {value!r}"
 
 
-def _table(name: str, settings: dict[str, Any]) -> Table:
+def _table(name: str, given: dict[str, Any]) -> Table:
+    settings = _with_defaults(given, SCHEMA["tables"][".+"])
     columns = []
-    for path, text in _mapping(settings.get("columns")).items():
+    for path, text in _mapping(settings["columns"]).items():
         type_, _, not_null = str(text).partition(" not ")
         columns.append(Column(tuple(str(path).split(".")), type_, bool(not_null)))
-    settings = _settings_of(Table, settings | {"name": name, "columns": tuple(columns)})
     for setting in ("key", "sort_key", "dist_key"):
-        value = settings[setting] or []
-        settings[setting] = tuple(map(str, value if isinstance(value, list) else [value]))
+        value = settings[setting] or ()
+        settings[setting] = tuple(map(str, [value] if isinstance(value, str) else value))
     settings["rows"] = tuple(str(settings["rows"]).split(".")) if settings["rows"] else ()
-    return Table(**settings)
+    return Table(**settings | {"name": name, "columns": tuple(columns)})
 
 
 def _table_faults(table: Table) -> Iterator[str]:
@@ -792,8 +783,9 @@ def transform_to_parts(run: Run, body: Path) -> list[PartWriter]:
 
 def aws_client(service: str) -> Any:
     """A client in $AWS_REGION, the profile's region, or else the region of the EC2 instance."""
-    region = os.environ.get("AWS_REGION") or boto3.Session().region_name
-    region = region or botocore.utils.IMDSRegionProvider(boto3.Session()._session).provide()
+    session = botocore.session.get_session()
+    region = os.environ.get("AWS_REGION") or session.get_config_variable("region")
+    region = region or botocore.utils.IMDSRegionProvider(session).provide()
     if not region:
         raise PipelineError("no AWS region: set AWS_REGION, or a region in the AWS profile")
     retries = botocore.config.Config(retries={"mode": "standard"})
@@ -1004,11 +996,11 @@ def connect(config: Config, credentials: Credentials) -> Any:
             return connection
 
 
-def execute(cursor: Any, sql: str) -> Any:
+def execute(cursor: Any, sql: str, *values: Any) -> Any:
     """Executes one statement. Raises PipelineError with its beginning and the server's reason."""
     log.debug("load: %s", sql)
     try:
-        return cursor.execute(sql)
+        return cursor.execute(sql, values or None)
     except Exception as caught:
         error = redshift_error(caught)
         raise type(error)(f"{' '.join(sql.split())[:60]}…: {error}") from None
@@ -1133,9 +1125,11 @@ def swap(cursor: Any, run: Run, staged: list[PartWriter], sha256: str) -> None:
     for parts in staged:
         for sql in swap_sql(run, parts.table):
             execute(cursor, sql)
-    for audit in audit_table(run.config):
-        for parts in staged:
-            execute(cursor, audit_sql(run, audit, parts, before[parts.table.name], sha256))
+        for audit in audit_table(run.config):
+            row = audit_row(run, parts, before[parts.table.name], sha256)
+            places = ", ".join(["%s"] * len(row))
+            sql = f"INSERT INTO {quoted(audit.name)} ({quoted(*row)}) VALUES ({places})"
+            execute(cursor, sql, *row.values())
     execute(cursor, "COMMIT")
 
 
@@ -1154,21 +1148,35 @@ def audit_table(config: Config) -> list[Table]:
     """The table with a row for each run and table, or none where it is turned off."""
     if not config.audit_table:
         return []
-    columns = dict.fromkeys(("table_name", "mode", "source", "manifest", "raw"), "varchar(4096)")
-    columns |= {"sha256": "varchar(64)", "rows_before": "bigint", "rows_loaded": "bigint"}
-    columns |= {"started_at": "timestamptz"}
+    columns = {
+        "table_name": "varchar(255)",
+        "mode": "varchar(16)",
+        "source": "varchar(4096)",
+        "manifest": "varchar(4096)",
+        "raw": "varchar(4096)",
+        "sha256": "varchar(64)",
+        "rows_before": "bigint",
+        "rows_loaded": "bigint",
+        "started_at": "timestamptz",
+    }
     return [_table(config.audit_table, {"columns": columns})]
 
 
-def audit_sql(run: Run, audit: Table, parts: PartWriter, before: int, sha256: str) -> str:
-    """INSERT of what the run did to a table, into the audit table."""
-    name = parts.table.name
-    source, raw = public_url(run.config.url), run.url("raw", "response.json.gz")
-    texts = (name, parts.table.mode, source, run.url(name, "manifest.json"), raw, sha256)
-    values = [literal(text) for text in texts]
-    values += [str(before), str(parts.rows), literal(run.started.isoformat()), literal(run.id)]
-    names = quoted(*(column.name for column in (*audit.columns, *META_COLUMNS)))
-    return f"INSERT INTO {quoted(audit.name)} ({names})\nVALUES ({', '.join(values)}, GETDATE())"
+def audit_row(run: Run, parts: PartWriter, before: int, sha256: str) -> dict[str, Any]:
+    """What the audit table says of a run and a table."""
+    return {
+        "table_name": parts.table.name,
+        "mode": parts.table.mode,
+        "source": public_url(run.config.url),
+        "manifest": run.url(parts.table.name, "manifest.json"),
+        "raw": run.url("raw", "response.json.gz"),
+        "sha256": sha256,
+        "rows_before": before,
+        "rows_loaded": parts.rows,
+        "started_at": run.started,
+        "_run_id": run.id,
+        "_loaded_at": datetime.now(UTC),
+    }
 
 
 # Only stl_load_errors shows the value, and only a provisioned cluster has it.
@@ -1234,7 +1242,7 @@ def timed(step: str) -> Iterator[dict[str, Any]]:
     start = time.perf_counter()
     try:
         yield figures
-    except (PipelineError, OSError) as error:
+    except (PipelineError, OSError, botocore.exceptions.BotoCoreError) as error:
         raise PipelineError(f"{step}: {error}") from None
     figures["seconds"] = f"{time.perf_counter() - start:.2f}"
     log.info("%s: %s", step, ", ".join(f"{name} {value}" for name, value in figures.items()))
