@@ -28,6 +28,7 @@ import struct
 import sys
 import tempfile
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
@@ -56,6 +57,7 @@ HTTP_TIMEOUT = (10, 60)  # seconds: to connect, between two pieces of the answer
 HTTP_TRIES = 6
 LOAD_TRIES = 4
 READ_CHARACTERS = 1 << 20
+WHITESPACE = " \t\r\n"  # of JSON
 BATCH_RECORDS = 2_000  # some 30 MB of Python objects where a record is 2 kB of JSON
 PART_BYTES = 64 << 20  # compressed; Redshift's guide asks for files of 1 MB to 1 GB
 GZIP_LEVEL = 4
@@ -131,6 +133,7 @@ class Table:
     dist_key: tuple[str, ...]
     min_rows: int
     max_shrink: float
+    staging: str  # the name of the temporary table
 
 
 @dataclass(frozen=True)
@@ -218,7 +221,7 @@ def load_config(path: Path) -> Config:
         document = yaml.load(path.read_bytes(), _Loader)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError) as error:
+    except Exception as error:  # a YAMLError, and for odd tags and depths whatever PyYAML meets
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     faults = list(_schema_faults(document, SCHEMA, ""))
     sections = {name: _mapping(_mapping(document).get(name)) for name in SCHEMA}
@@ -226,7 +229,10 @@ def load_config(path: Path) -> Config:
     for section in ("source", "staging", "redshift"):
         settings |= _with_defaults(sections[section], SCHEMA[section])
     settings["copy_role"] = settings["copy_role"] or os.environ.get("AWS_ROLE_ARN") or None
-    tables = (_table(str(name), _mapping(table)) for name, table in sections["tables"].items())
+    tables = (
+        _table(str(name), f"staging_{number}", _mapping(table))
+        for number, (name, table) in enumerate(sections["tables"].items(), 1)
+    )
     config = Config(**settings, tables=tuple(tables))
     for table in config.tables:
         faults += [f"tables.{table.name}{fault}" for fault in _table_faults(table)]
@@ -275,7 +281,7 @@ def _schema_faults(value: Any, schema: Any, at: str) -> Iterator[str]:
             yield f"{at}: {wrong} {value!r}"
 
 
-def _table(name: str, given: dict[str, Any]) -> Table:
+def _table(name: str, staging: str, given: dict[str, Any]) -> Table:
     settings = _with_defaults(given, SCHEMA["tables"][".+"])
     columns = []
     for path, text in _mapping(settings["columns"]).items():
@@ -285,7 +291,7 @@ def _table(name: str, given: dict[str, Any]) -> Table:
         value = settings[setting] or ()
         settings[setting] = tuple(map(str, [value] if isinstance(value, str) else value))
     settings["rows"] = tuple(str(settings["rows"]).split(".")) if settings["rows"] else ()
-    return Table(**settings | {"name": name, "columns": tuple(columns)})
+    return Table(**settings | {"name": name, "staging": staging, "columns": tuple(columns)})
 
 
 def _table_faults(table: Table) -> Iterator[str]:
@@ -306,6 +312,8 @@ def _table_faults(table: Table) -> Iterator[str]:
     for name, paths in Counter(column.name for column in table.columns).items():
         if paths > 1:
             yield f".columns: {paths} paths give the column {name!r}"
+    if not table.key:
+        yield ".key: must name the columns that no two rows share"
     for setting in ("key", "sort_key", "dist_key"):
         for name in getattr(table, setting):
             if kinds.get(name, "super") == "super":
@@ -415,9 +423,9 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
     except json.JSONDecodeError as error:
         near = shorten(error.doc[max(0, error.pos - 40) : error.pos + 40])
         raise PipelineError(f"not JSON after record {count}: {error.msg}, near {near}") from None
-    except (ValueError, ArithmeticError, RecursionError, EOFError, OSError) as error:
+    except (ValueError, ArithmeticError, RecursionError, EOFError, OSError, zlib.error) as error:
         # A number of 5,000 digits, an exponent of 20, brackets a thousand deep, bytes that are
-        # not UTF-8, a gzip file that ends early.
+        # not UTF-8, a gzip file that is damaged.
         raise PipelineError(f"not readable after record {count}: {error!r}") from None
     if not count:
         raise PipelineError("the source is an empty array, there is nothing to load")
@@ -425,30 +433,33 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
 
 def _read_array(text: TextIO) -> Iterator[Any]:
     decoder = json.JSONDecoder(parse_float=Decimal)
-    whitespace = re.compile(r"[ \t\r\n]*")
     buffer, start, wanted, before = text.read(READ_CHARACTERS), 0, READ_CHARACTERS, "["
-    if buffer.lstrip()[:1] != "[":
+    while buffer and not buffer.strip(WHITESPACE):
+        buffer = text.read(READ_CHARACTERS)
+    if buffer.lstrip(WHITESPACE)[:1] != "[":
         what = "HTML or XML" if buffer.lstrip()[:1] == "<" else "no JSON array"
         raise PipelineError(f"the source is {what}, it begins {shorten(buffer, 200)}")
-    if re.fullmatch(r"\s*\[\s*\]\s*", buffer):
-        return
     while True:
         try:
-            mark = whitespace.match(buffer, start).end()  # type: ignore[union-attr]
+            mark = _skip_whitespace(buffer, start)
             if buffer[mark] == "]" != before:
                 break
             if buffer[mark] != before:
                 raise json.JSONDecodeError(f"Expecting {before!r}", buffer, mark)
-            first = whitespace.match(buffer, mark + 1).end()  # type: ignore[union-attr]
+            first = _skip_whitespace(buffer, mark + 1)
+            if before == "[" and buffer[first] == "]":
+                mark = first
+                break
             element, end = decoder.raw_decode(buffer, first)
         except (IndexError, json.JSONDecodeError) as error:
             # More text can only mend what is wrong at the end: in a string without an end, or in
             # a token of at most 12 characters, \ud83d\ude80.
-            if isinstance(error, json.JSONDecodeError) and not (
-                error.msg.startswith("Unterminated") or error.pos > len(buffer) - 12
-            ):
+            position = error.pos if isinstance(error, json.JSONDecodeError) else len(buffer)
+            if position < len(buffer) - 12 and not str(error).startswith("Unterminated"):
                 raise
             more = text.read(wanted)
+            if not more and buffer.rstrip(WHITESPACE).endswith("]"):
+                raise
             if not more:
                 raise json.JSONDecodeError("it ends early", buffer, len(buffer)) from None
             # Doubled, so that one huge record is not scanned from its start for every piece.
@@ -456,8 +467,16 @@ def _read_array(text: TextIO) -> Iterator[Any]:
         else:
             yield element
             start, wanted, before = end, READ_CHARACTERS, ","
-    if (buffer[mark + 1 :] + text.read(READ_CHARACTERS)).strip():
-        raise json.JSONDecodeError("Extra data after the array", buffer, mark + 1)
+    rest = buffer[mark + 1 :]
+    while rest:
+        if rest.strip(WHITESPACE):
+            raise json.JSONDecodeError("Extra data after the array", rest, 0)
+        rest = text.read(READ_CHARACTERS)
+
+
+def _skip_whitespace(text: str, start: int) -> int:
+    match = re.compile(f"[{WHITESPACE}]*").match(text, start)
+    return match.end() if match else start
 
 
 def shorten(value: Any, length: int = 80) -> str:
@@ -592,11 +611,15 @@ def convert(column: Column, in_key: bool, values: list[Any]) -> Any:
                 raise Unfit(f"is outside {-limit} to {limit - 1}")
             return pd.array(values, dtype="Int64")
         case "real" | "double precision":
-            limits = np.finfo(np.float32 if column.kind == "real" else np.float64)
-            least, most = float(limits.tiny), float(limits.max)
-            for value in _only(values, "a number", int, Decimal):
-                if value and not least <= abs(value) <= most:
-                    raise Unfit(f"is outside the range of {column.kind}")
+            numbers = _only(values, "a number", int, Decimal)
+            single = column.kind == "real"
+            with np.errstate(over="ignore"):
+                sizes = np.abs(np.array([float(Decimal(number)) for number in numbers]))
+                sizes = sizes.astype(np.float32) if single else sizes
+            limits = np.finfo(np.float32 if single else np.float64)
+            fits = (sizes >= limits.tiny) & (sizes <= limits.max)
+            if not all(fits | np.array([number == 0 for number in numbers], dtype=bool)):
+                raise Unfit(f"is outside the range of {column.kind}")
             return pd.array([None if v is None else float(v) for v in values], dtype="Float64")
         case "decimal":
             _only(values, "a number", int, Decimal)
@@ -661,7 +684,7 @@ def _texts_in(value: Any) -> Iterator[str]:
 
 
 DATE = r"\d{4}-\d\d-\d\d"
-TIME = DATE + r"[T ]\d\d:\d\d:\d\d(\.\d{1,6}0*)?"
+TIME = DATE + r"[T ]\d\d:\d\d:\d\d(\.\d{1,6}0{0,3})?"
 TIMES = {"date": DATE, "timestamp": TIME, "timestamptz": TIME + r"(Z|[+-]\d\d(:?\d\d)?)"}
 EXAMPLES = {
     "date": "2006-03-24",
@@ -879,11 +902,6 @@ def quoted(*names: str) -> str:
     return ", ".join('"' + name.replace(".", '"."') + '"' for name in names)
 
 
-def staging(table: Table) -> str:
-    """The name of the temporary table that a table's files are copied into."""
-    return quoted(f"staging_{table.name.replace('.', '_')}"[:127])
-
-
 def literal(text: str) -> str:
     """A text as an SQL literal. Redshift reads a backslash in one as an escape, PostgreSQL not."""
     if "\\" in text:
@@ -905,10 +923,12 @@ def create_sql(table: Table) -> str:
 def copy_sql(run: Run, table: Table, region: str) -> tuple[str, str]:
     """CREATE of the temporary table, which vanishes with the session, and COPY into it."""
     role, names = run.config.copy_role, quoted(*(column.name for column in table.columns))
-    create = f"CREATE TEMP TABLE {staging(table)} (LIKE {quoted(table.name)} INCLUDING DEFAULTS)"
+    create = (
+        f"CREATE TEMP TABLE {quoted(table.staging)} (LIKE {quoted(table.name)} INCLUDING DEFAULTS)"
+    )
     return (
         create,
-        f"""COPY {staging(table)} ({names})
+        f"""COPY {quoted(table.staging)} ({names})
 FROM {literal(run.url(table.name, "manifest.json"))}
 IAM_ROLE {literal(role) if role else "default"}
 REGION {literal(region)}
@@ -922,7 +942,9 @@ COMPUPDATE OFF STATUPDATE OFF""",
 def doubles_sql(table: Table) -> str:
     """SELECT of the keys that several staged rows have: Redshift enforces no primary key."""
     key = quoted(*table.key)
-    return f"SELECT {key}\nFROM {staging(table)}\nGROUP BY {key}\nHAVING count(*) > 1\nLIMIT 5"
+    return (
+        f"SELECT {key}\nFROM {quoted(table.staging)}\nGROUP BY {key}\nHAVING count(*) > 1\nLIMIT 5"
+    )
 
 
 def swap_sql(run: Run, table: Table) -> tuple[str, str]:
@@ -933,13 +955,16 @@ def swap_sql(run: Run, table: Table) -> tuple[str, str]:
     names = quoted(*(column.name for column in table.columns))
     delete = f"DELETE FROM {quoted(table.name)}"
     if table.mode == "upsert":
-        same = (f"{quoted(f'{table.name}.{k}')} = {staging(table)}.{quoted(k)}" for k in table.key)
-        delete += f"\nUSING {staging(table)}\nWHERE " + " AND ".join(same)
+        same = (
+            f"{quoted(f'{table.name}.{k}')} = {quoted(table.staging)}.{quoted(k)}"
+            for k in table.key
+        )
+        delete += f"\nUSING {quoted(table.staging)}\nWHERE " + " AND ".join(same)
     return (
         delete,
         f"""INSERT INTO {quoted(table.name)} ({names}, "_run_id", "_loaded_at")
 SELECT {names}, {literal(run.id)}, GETDATE()
-FROM {staging(table)}""",
+FROM {quoted(table.staging)}""",
     )
 
 
@@ -1159,7 +1184,7 @@ def audit_table(config: Config) -> list[Table]:
         "rows_loaded": "bigint",
         "started_at": "timestamptz",
     }
-    return [_table(config.audit_table, {"columns": columns})]
+    return [_table(config.audit_table, "", {"columns": columns})]
 
 
 def audit_row(run: Run, parts: PartWriter, before: int, sha256: str) -> dict[str, Any]:

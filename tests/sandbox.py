@@ -242,7 +242,7 @@ def main() -> int:
         for text in (f"--{name}", getattr(options, name))
     ]
     with tempfile.TemporaryDirectory(prefix="sandbox-") as folder, Sandbox(Path(folder)) as sandbox:
-        print("$", "python", MAIN.relative_to(ROOT), *arguments, flush=True)
+        print("$ python", MAIN.relative_to(ROOT), *arguments, flush=True)
         command = sandbox.command(*arguments)
         status = subprocess.run(command, env=sandbox.child_environment(), check=False).returncode
         if status == 0 and not options.config:
@@ -266,7 +266,7 @@ def keep(sandbox: Sandbox) -> None:
     print("\nEverything keeps running until you press Ctrl-C. In another terminal:\n")
     for name, value in sandbox.environment.items():
         print(f"export {name}={shlex.quote(value)}")
-    print(f"\npython {MAIN.relative_to(ROOT)} --source {sandbox.source.url}")
+    print(f"\n{shlex.join(sandbox.command())}")
     print(shlex.join(sandbox.psql()), flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         threading.Event().wait()
