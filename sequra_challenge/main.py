@@ -180,7 +180,7 @@ SCHEMA: dict[str, Any] = {
             "key": [NAME],
             "mode": ("replace|upsert", "replace"),
             "rows": (r"[^.]+(\.[^.]+)*", None),
-            "parent": (r"[^.]+", None),
+            "parent": (r"(?!(position|value)$)[^.]+", None),
             "sort_key": ([NAME], ()),
             "dist_key": (NAME, ()),
             "min_rows": (r"\d{1,15}", 1),
@@ -327,7 +327,10 @@ def _table_faults(table: Table) -> Iterator[str]:
 
 def public_url(url: str) -> str:
     """The URL without what may be secret in it: user, password, query and fragment."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise PipelineError(f"the source is not a URL: {error}") from None
     return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
 
 
@@ -353,6 +356,12 @@ def download(url: str, target: Path) -> None:
     Tried again after what Retry-After asks for, else with exponential back-off and jitter:
     connection errors, time-outs, a body that ends early, 429, 500, 502, 503 and 504.
     """
+    broken = (
+        requests.ConnectionError,
+        requests.Timeout,
+        requests.exceptions.ChunkedEncodingError,
+        requests.exceptions.ContentDecodingError,
+    )
     adapter = requests.adapters.HTTPAdapter()
     # Trusts what OpenSSL does, so also $SSL_CERT_FILE, beside the bundle that requests brings.
     adapter.init_poolmanager(1, 1, ssl_context=ssl.create_default_context())
@@ -372,10 +381,12 @@ def download(url: str, target: Path) -> None:
             except requests.HTTPError as error:
                 reason = f"HTTP {error.response.status_code} {error.response.reason}"
                 transient = error.response.status_code in (429, 500, 502, 503, 504)
-            except requests.RequestException as error:
+            except broken as error:
                 cause = root_cause(error)
-                reason = type(error).__name__ + (f": {cause}" if cause is not error else "")
-                transient = not isinstance(cause, ssl.SSLCertVerificationError | ValueError)
+                reason = f"{type(error).__name__}: {cause}"
+                transient = not isinstance(cause, ssl.SSLCertVerificationError)
+            except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError) as error:
+                reason, transient = type(error).__name__, False  # their texts hold the URL
             if not transient or attempt == HTTP_TRIES:
                 raise PipelineError(f"GET {public_url(url)}: {reason}, attempt {attempt}")
             wait = wait if wait is not None else 2**attempt * random.uniform(0.5, 1)
@@ -483,11 +494,11 @@ def shorten(value: Any, length: int = 80) -> str:
     """A value as JSON for a message, cut to a length, safe to print."""
     try:
         text = json.dumps(value, ensure_ascii=False, default=str)
-    except RecursionError:
-        text = "deeply nested JSON"
+        text = text if text.isprintable() else json.dumps(value, default=str)
+    except (TypeError, ValueError, RecursionError):
+        text = f"a deeply nested {type(value).__name__}"
     text = text.strip('"') if isinstance(value, Decimal) else text
-    text = text if len(text) <= length else text[:length] + "…"
-    return text.encode("utf-8", "backslashreplace").decode()
+    return text if len(text) <= length else text[:length] + "…"
 
 
 def transform(records: list[dict[str, Any]], table: Table, served: set[str]) -> pd.DataFrame:
@@ -535,10 +546,12 @@ def explode(records: list[dict[str, Any]], table: Table) -> list[dict[str, Any]]
     plain = any(column.path == ("value",) for column in table.columns)
     rows = []
     for record in records:
-        elements = dig(record, table.rows)
-        if not isinstance(elements, list | NoneType):
-            unfit = Unfit("is not an array")
-            raise _misfit(table, {table.parent: record}, (), elements, unfit)
+        for depth in range(1, len(table.rows) + 1):
+            elements = dig(record, table.rows[:depth])
+            kind, what = (dict, "object") if depth < len(table.rows) else (list, "array")
+            if not isinstance(elements, kind | NoneType):
+                unfit = Unfit(f"is not an {what}")
+                raise _misfit(table, {table.parent: record}, (), elements, unfit)
         for position, element in enumerate(elements or [], 1):
             row = {"position": position, table.parent: record}
             if not plain and not isinstance(element, dict):
@@ -713,7 +726,9 @@ def _times(values: list[Any], kind: str) -> Any:
 def warn_of_drift(tables: tuple[Table, ...], served: set[str]) -> None:
     """Logs the fields that no table loads, and those that no record has."""
     columns = [(table, column.path) for table in tables for column in table.columns]
-    wanted = {source_path(*column) for column in columns}
+    # A table without rows has not looked at any field.
+    met = [table for table, path in columns if source_path(table, path) in served]
+    wanted = {source_path(table, path) for table, path in columns if table in met}
     known = {source_path(t, path[: n + 1]) for t, path in columns for n in range(len(path))}
     known |= {".".join(table.rows[: n + 1]) for table in tables for n in range(len(table.rows))}
     for path in sorted(served - known - {""}):
@@ -893,6 +908,8 @@ def read_credentials(secret: str) -> Credentials:
         raise PipelineError(f"the secret {secret} lacks {', '.join(missing)}")
     if not re.fullmatch(r"\d{1,5}", str(values["port"])):
         raise PipelineError(f"the secret {secret} has a PORT that is no number")
+    if not re.fullmatch(r"[\w-]{1,63}(\.[\w-]{1,63})*", str(values["host"]), re.ASCII):
+        raise PipelineError(f"the secret {secret} has a HOST that is no host name")
     values = {name: str(values[name]) for name in names}
     return Credentials(**values | {"port": int(values["port"])})
 
@@ -1280,7 +1297,8 @@ def print_dry_run(run: Run, staged: list[PartWriter]) -> None:
         table = parts.table
         print(f"\n-- {table.name}: {parts.rows} rows in", *parts.parts, sep="\n--   ")
         first = pd.read_csv(parts.parts[0], nrows=3, dtype=str, keep_default_na=False)
-        print(first.replace(run.null, "NULL").T.to_string(header=False, max_colwidth=36))
+        if parts.rows:
+            print(first.replace(run.null, "NULL").T.to_string(header=False, max_colwidth=36))
         sqls = [create_sql(table), *copy_sql(run, table, region), doubles_sql(table)]
         print("", *sqls, *swap_sql(run, table), sep="\n\n", end="\n")
 
@@ -1302,7 +1320,8 @@ def main(arguments: list[str] | None = None) -> int:
     form.converter = time.gmtime
     handler = logging.StreamHandler()
     handler.setFormatter(form)
-    logging.basicConfig(handlers=[handler])
+    log.addHandler(handler)
+    log.propagate = False  # and nothing else is shown: urllib3 warns with whole URLs
     log.setLevel(logging.DEBUG if options.verbose else logging.INFO)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)

@@ -42,6 +42,7 @@ REGION = "eu-west-1"
 # What conf/pipeline.yaml names.
 BUCKET, SECRET = "my-data-bucket", "redshift/spacex"
 DATABASE, USER, PASSWORD = "dev", "loader", "S4ndbox-Passw0rd"
+SECRET_KEY, TOKEN = "sandbox-Secret-Key", "s0urce-T0ken"  # of AWS; in the source's URL
 
 QUESTIONS = {
     "The first launches": """
@@ -90,6 +91,8 @@ class Source:
                 else:
                     answer(self, 200, source.body)
 
+            do_HEAD = do_POST = do_PUT = do_GET
+
             def log_message(self, *_: Any) -> None:
                 pass
 
@@ -132,7 +135,7 @@ class Sandbox:
             self.environment = {
                 "AWS_ENDPOINT_URL": self.aws,
                 "AWS_ACCESS_KEY_ID": "sandbox",
-                "AWS_SECRET_ACCESS_KEY": "sandbox-Secret-Key",
+                "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
                 "AWS_REGION": REGION,
                 "SSL_CERT_FILE": str(self.redshift.ca),
             }
@@ -152,6 +155,7 @@ class Sandbox:
         """The sample as source, the secret as it was, no tables, nothing in the bucket."""
         self.source.body, self.source.answers, self.source.requests = SAMPLE.read_bytes(), [], []
         self.redshift.hook = None
+        self.redshift.statements.clear()
         self.secrets.put_secret_value(SecretId=SECRET, SecretString=json.dumps(self.secret()))
         boto3.resource("s3", **self._aws_arguments).Bucket(BUCKET).objects.delete()
         with self.redshift.connect() as connection:
@@ -183,7 +187,7 @@ class Sandbox:
             "endpoint_url": self.aws,
             "region_name": REGION,
             "aws_access_key_id": "sandbox",
-            "aws_secret_access_key": "sandbox-Secret-Key",
+            "aws_secret_access_key": SECRET_KEY,
         }
 
     def secret(self) -> dict[str, Any]:
@@ -209,11 +213,12 @@ class Sandbox:
         return {name: value for name, value in environment.items() if value is not None}
 
     def run(
-        self, *arguments: str | Path, **changes: str | None
+        self, *arguments: str | Path, cwd: Path | None = None, **changes: str | None
     ) -> subprocess.CompletedProcess[str]:
-        """Runs the program to its end and returns what it printed."""
-        return subprocess.run(
+        """Runs the program to its end and returns what it printed, which must hold no secret."""
+        done = subprocess.run(
             self.command(*arguments),
+            cwd=cwd,
             env=self.child_environment(**changes),
             capture_output=True,
             text=True,
@@ -221,6 +226,10 @@ class Sandbox:
             timeout=120,
             check=False,
         )
+        shown = [s for s in (PASSWORD, SECRET_KEY, TOKEN) if s in done.stdout + done.stderr]
+        if shown:
+            raise AssertionError(f"the program showed {shown}:\n{done.stdout}{done.stderr}")
+        return done
 
     def psql(self) -> list[str]:
         """The psql command that looks into the tables, past the proxy: this psql has no TLS."""

@@ -1,20 +1,1218 @@
-"""The program, run as a user runs it, against the sandbox."""
+"""The program, run as a user runs it, against the sandbox.
+
+The sandbox's `run` fails for any run whose output has a secret: the password, the AWS secret key,
+or the token, which is in the URL of the source in all of these tests.
+"""
 
 from __future__ import annotations
 
-from sandbox import Sandbox
+import copy
+import csv
+import gzip
+import io
+import itertools
+import json
+import re
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, date, datetime, timedelta
+from decimal import Decimal
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from subprocess import CompletedProcess
+from typing import Any, NamedTuple
+
+import psycopg
+import pytest
+import yaml
+
+from redshift import DropConnection
+from sandbox import (
+    BUCKET,
+    DATABASE,
+    PASSWORD,
+    QUESTIONS,
+    REGION,
+    ROOT,
+    SAMPLE,
+    SECRET,
+    TOKEN,
+    USER,
+    Sandbox,
+    answer,
+)
+
+Rows = list[dict[str, Any]]
+Document = Rows
+Answer = Callable[[BaseHTTPRequestHandler], None]
+
+CONFIG = ROOT / "conf" / "pipeline.yaml"
+SHIPPED: dict[str, Any] = yaml.safe_load(CONFIG.read_text())
+LAUNCHES, CORES = "public.launches", "public.launch_cores"
+ROLE = "arn:aws:iam::123456789012:role/loader"
+AWS_VARIABLES = (
+    "AWS_ENDPOINT_URL",
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_REGION",
+    "SSL_CERT_FILE",
+)
+
+CREW_AND_PAYLOADS = {
+    "public.launch_crew": {
+        "rows": "crew",
+        "parent": "launch",
+        "key": ["launch_id", "position"],
+        "columns": {
+            "launch.id": "varchar(24) not null",
+            "position": "smallint not null",
+            "crew": "varchar(24)",
+            "role": "varchar(64)",
+        },
+    },
+    "public.launch_payloads": {
+        "rows": "payloads",
+        "parent": "launch",
+        "key": ["launch_id", "position"],
+        "dist_key": "launch_id",
+        "columns": {
+            "launch.id": "varchar(24) not null",
+            "launch.date_utc": "timestamptz not null",
+            "position": "smallint not null",
+            "value": "varchar(24) not null",
+        },
+    },
+}
 
 
-def test_first_load(sandbox: Sandbox) -> None:
+@pytest.fixture(autouse=True)
+def token(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The source's URL has a secret in its query."""
+    monkeypatch.setattr(sandbox.source, "url", f"{sandbox.source.url}?token={TOKEN}")
+
+
+# --- helpers ------------------------------------------------------------------------------------
+
+
+def launches() -> Document:
+    document: Document = json.loads(SAMPLE.read_bytes())
+    return document
+
+
+def serve(sandbox: Sandbox, document: object) -> None:
+    sandbox.source.body = json.dumps(document).encode()
+
+
+def write_config(
+    folder: Path, settings: dict[str, Any] | None = None, tables: dict[str, Any] | None = None
+) -> Path:
+    """A copy of conf/pipeline.yaml with other settings ("staging.bucket") or other tables."""
+    config = copy.deepcopy(SHIPPED) | ({"tables": tables} if tables else {})
+    for path, value in (settings or {}).items():
+        section, _, name = path.partition(".")
+        config[section][name] = value
+    file = folder / "pipeline.yaml"
+    file.write_text(yaml.safe_dump(config, sort_keys=False))
+    return file
+
+
+def loaded(
+    sandbox: Sandbox, *arguments: str | Path, cwd: Path | None = None, **changes: str | None
+) -> str:
+    """Runs the program, which must load, and returns the run's id."""
+    done = sandbox.run(*arguments, cwd=cwd, **changes)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    return run_id(done)
+
+
+def run_id(done: CompletedProcess[str]) -> str:
+    found = re.search(r" run (\d{8}T\d{6}\.\d{6}Z-[0-9a-f]{8}): ", done.stderr)
+    assert found, done.stderr
+    return found[1]
+
+
+def assert_failed(done: CompletedProcess[str], *parts: str, status: int = 1) -> None:
+    """The run ended with one error, the last line of the output, which says all of this."""
+    assert done.returncode == status, done.stderr
+    *before, error = re.split(r"^(?=\d{4}-)", done.stderr, flags=re.MULTILINE)
+    assert re.match(r"\S+Z ERROR ", error), done.stderr
+    assert not [line for line in before if " ERROR " in line]
+    assert "Traceback" not in done.stderr
+    assert [part for part in parts if part not in error] == [], error
+    if status == 1:
+        assert error.count("\n") == 1, "not one line"
+
+
+def assert_untouched(sandbox: Sandbox) -> None:
+    """Nothing is staged, and Redshift was asked nothing."""
+    assert sandbox.objects() == {}
+    assert sandbox.redshift.statements == []
+
+
+def snapshot(sandbox: Sandbox) -> list[Rows]:
+    """All that is in both tables."""
+    return [sandbox.query(f"SELECT * FROM {table} ORDER BY 1, 2") for table in (LAUNCHES, CORES)]
+
+
+def column_name(path: str) -> str:
+    return path.replace(".", "_")
+
+
+def dig(value: Any, path: str) -> Any:
+    for name in path.split("."):
+        value = None if value is None else value.get(name)
+    return value
+
+
+def in_table(type_: str, value: Any) -> Any:
+    """What a table must hold for a value of the JSON."""
+    match type_.partition("(")[0].removesuffix(" not null"):
+        case _ if value is None:
+            return None
+        case "timestamptz" | "timestamp":
+            return datetime.fromisoformat(value)
+        case "date":
+            return date.fromisoformat(value)
+        case "decimal":
+            return Decimal(str(value))
+        case "super":
+            return canonical(value)
+        case _:
+            return value
+
+
+def canonical(value: Any) -> str:
+    """JSON as one text, in which true, 1 and "1" differ and the order of keys does not."""
+    return json.dumps(value, sort_keys=True)
+
+
+def assert_table(sandbox: Sandbox, name: str, table: dict[str, Any], document: Document) -> None:
+    """Every value of every column is what the document has at the column's path."""
+    expected = []
+    for record in document:
+        rows: list[Any] = [record]
+        if "rows" in table:
+            elements = dig(record, table["rows"]) or []
+            plain = "value" in table["columns"]
+            rows = [
+                ({"value": element} if plain else element)
+                | {table["parent"]: record, "position": position}
+                for position, element in enumerate(elements, 1)
+            ]
+        expected += [
+            {column_name(p): in_table(type_, dig(row, p)) for p, type_ in table["columns"].items()}
+            for row in rows
+        ]
+    supers = [column_name(p) for p, type_ in table["columns"].items() if type_ == "super"]
+    as_text = "".join(f', "{column}"::text' for column in supers)
+    actual = [
+        {column: value for column, value in row.items() if not column.startswith("_")}
+        | {column: row[column] and canonical(json.loads(row[column])) for column in supers}
+        for row in sandbox.query(f"SELECT *{as_text} FROM {name}")
+    ]
+
+    assert different(actual, expected, table["key"]) == [], name
+
+
+def different(actual: Rows, expected: Rows, key: list[str]) -> list[tuple[object, ...]]:
+    """What differs: the key, and for each column that differs its name and both values."""
+    left, right = (
+        {tuple(row[name] for name in key): row for row in rows} for rows in (actual, expected)
+    )
+    assert len(left) == len(actual), "double rows"
+    assert len(right) == len(expected), "double rows in the document"
+    return [
+        (found, {n: (a[n], b[n]) for n in b if a[n] != b[n]} if a and b else "only in one")
+        for found in left | right
+        if (a := left.get(found)) != (b := right.get(found))
+    ]
+
+
+def assert_loaded(sandbox: Sandbox, document: Document, config: Path = CONFIG) -> None:
+    """The tables hold what the document has, nothing else, from one run."""
+    tables = yaml.safe_load(config.read_text())["tables"]
+    for name, table in tables.items():
+        assert_table(sandbox, name, table, document)
+    runs = " UNION ".join(f"SELECT _run_id, _loaded_at IS NULL AS no FROM {t}" for t in tables)
+    (row,) = sandbox.query(runs)
+    assert row["_run_id"]
+    assert not row["no"]
+
+
+# --- whole loads --------------------------------------------------------------------------------
+
+
+def test_first_load_creates_the_tables_and_loads_every_value(sandbox: Sandbox) -> None:
+    start = datetime.now(UTC).replace(microsecond=0)
     done = sandbox.run()
     assert done.returncode == 0, done.stderr
-    assert sandbox.query("SELECT count(*) AS rows FROM public.launches") == [{"rows": 30}]
-    assert sandbox.query("SELECT count(*) AS rows FROM public.launch_cores") == [{"rows": 38}]
+    assert " WARNING " not in done.stderr
+    assert sandbox.source.requests == [f"/v5/launches?token={TOKEN}"]
+    assert_loaded(sandbox, launches())
+    for table in (LAUNCHES, CORES):
+        (row,) = sandbox.query(
+            f"SELECT _run_id, min(_loaded_at), max(_loaded_at), count(*) FROM {table} GROUP BY 1"
+        )
+        assert row["_run_id"] == run_id(done)
+        assert start <= row["min"] <= row["max"] <= datetime.now(UTC)
+        assert row["count"] == {LAUNCHES: 30, CORES: 38}[table]
+    assert_types(sandbox)
 
 
-def test_second_load_leaves_no_duplicates(sandbox: Sandbox) -> None:
-    for _ in range(2):
-        done = sandbox.run()
-        assert done.returncode == 0, done.stderr
-    counts = "SELECT count(*) AS rows, count(DISTINCT id) AS ids FROM public.launches"
-    assert sandbox.query(counts) == [{"rows": 30, "ids": 30}]
+def assert_types(sandbox: Sandbox) -> None:
+    """The columns are those of conf/pipeline.yaml, in its order, with its types."""
+    short = {"character varying": "varchar({})", "timestamp with time zone": "timestamptz"}
+    for name, table in SHIPPED["tables"].items():
+        schema, _, relation = name.partition(".")
+        rows = sandbox.query(
+            "SELECT * FROM sandbox.svv_columns"
+            f" WHERE table_schema = '{schema}' AND table_name = '{relation}'"
+            " ORDER BY ordinal_position"
+        )
+        actual = {
+            row["column_name"]: short.get(row["data_type"], row["data_type"]).format(
+                row["character_maximum_length"]
+            )
+            + (" not null" if row["is_nullable"] == "NO" else "")
+            for row in rows
+        }
+        expected = {column_name(path): type_ for path, type_ in table["columns"].items()}
+        assert actual == expected | {"_run_id": "varchar(64)", "_loaded_at": "timestamptz"}
+        assert list(actual) == [*expected, "_run_id", "_loaded_at"]
+
+
+@pytest.fixture
+def far_east(sandbox: Sandbox) -> Iterator[None]:
+    """The loader's sessions are in another time zone than UTC."""
+    with sandbox.redshift.connect() as connection:
+        connection.execute(f"ALTER ROLE {USER} SET timezone TO 'Asia/Tokyo'")
+        yield
+        connection.execute(f"ALTER ROLE {USER} RESET timezone")
+
+
+@pytest.mark.usefixtures("far_east")
+def test_the_time_zone_of_the_session_shifts_no_time(sandbox: Sandbox) -> None:
+    loaded(sandbox)
+    assert_loaded(sandbox, launches())
+
+
+AWKWARD = [
+    "",
+    " ",
+    " leading and trailing ",
+    "NULL",
+    "null",
+    "None",
+    "nan",
+    r"\N",
+    "\\",
+    r"C:\new\table",
+    '"',
+    '""',
+    'a "quoted" word',
+    "',;|\t",
+    "a,b",
+    "line\nfeed",
+    "carriage\rreturn",
+    "both\r\n",
+    "\n",
+    "'; DROP TABLE launches; --",
+    "é ö 9° \u00a0 🚀",
+    "e\u0301 is not \u00e9",
+    "\u2028\u2029\u0085",
+    "\ufeffmark",
+    "\u0001\u001f\u007f",
+    "true",
+    "007",
+    "1e5",
+    "[1, 2]",
+    "x" * 16_384,
+    "€" * (16_384 // 3),
+]
+
+
+def test_awkward_values_arrive_unchanged(sandbox: Sandbox) -> None:
+    document = launches()
+    for number, text in enumerate(AWKWARD):
+        record = copy.deepcopy(document[number % 30])
+        record |= {"id": f"awkward-{number}", "details": text, "ships": [text, {text: None}]}
+        document.append(record)
+    document[0] |= {"fairings": None, "links": None, "cores": None, "static_fire_date_utc": None}
+    document[1] |= {
+        "date_utc": "0001-01-01T00:00:00.000Z",
+        "static_fire_date_utc": "9999-12-31T23:59:59.999999Z",
+        "date_unix": -(2**63),
+        "static_fire_date_unix": 2**63 - 1,
+        "window": -(2**31),
+        "flight_number": 2**31 - 1,
+    }
+    document[2] |= {
+        "date_utc": "2024-02-29T23:59:59.123456+05:30",
+        "static_fire_date_utc": "2012-06-30T00:00:00-08:00",
+        "failures": [{"time": 1.5, "altitude": -0.1, "reason": 123456789012345678}],
+        "crew": {"an": "object"},
+        "ships": 0,
+        "capsules": "text",
+        "payloads": False,
+    }
+    serve(sandbox, document)
+    loaded(sandbox)
+    assert_loaded(sandbox, document)
+
+
+def test_thousands_of_records_pass_through_in_batches(sandbox: Sandbox) -> None:
+    document = [record | {"id": f"{n:024}"} for n in range(70) for record in launches()]
+    for number, record in enumerate(document):
+        record["id"] = f"{number:024}"
+    assert len(document) == 2_100
+    serve(sandbox, document)
+    loaded(sandbox)
+    assert_loaded(sandbox, document)
+
+
+def test_second_load_has_the_changes_and_no_duplicates(sandbox: Sandbox) -> None:
+    first = loaded(sandbox)
+    assert loaded(sandbox) > first, "ids of runs do not sort by time"
+    assert_loaded(sandbox, launches())
+
+    document = launches()
+    vanished = document.pop(13)
+    assert len(vanished["cores"]) == 3
+    document[0] |= {"name": "Renamed", "success": True, "details": None}
+    document[1]["cores"] = []
+    document[2]["cores"] *= 2
+    document.append(document[3] | {"id": "new", "flight_number": 500})
+    serve(sandbox, document)
+    third = loaded(sandbox)
+    assert_loaded(sandbox, document)
+    assert sandbox.query(f"SELECT DISTINCT _run_id FROM {LAUNCHES}") == [{"_run_id": third}]
+
+
+def test_upsert_keeps_vanished_rows_and_renews_the_others(sandbox: Sandbox, tmp_path: Path) -> None:
+    tables = copy.deepcopy(SHIPPED["tables"])
+    tables[LAUNCHES]["mode"] = tables[CORES]["mode"] = "upsert"
+    tables[CORES]["key"] = ["position", "launch_id"]  # of two columns
+    config = write_config(tmp_path, tables=tables)
+    first = loaded(sandbox, "--config", config)
+    assert_loaded(sandbox, launches(), config)
+
+    vanished, served = launches()[:14], launches()[14:]
+    served[0] |= {"name": "Renamed", "details": ""}
+    served[1]["cores"][2]["landing_type"] = "changed"
+    served.append(served[2] | {"id": "new", "name": "New"})
+    serve(sandbox, served)
+    second = loaded(sandbox, "--config", config)
+    for table in (LAUNCHES, CORES):
+        assert_table(sandbox, table, tables[table], vanished + served)
+    rows = sandbox.query(f"SELECT id, _run_id FROM {LAUNCHES}")
+    old, new = ({row["id"] for row in rows if row["_run_id"] == run} for run in (first, second))
+    assert old == {record["id"] for record in vanished}
+    assert new == {record["id"] for record in served}
+
+
+def test_tables_of_array_elements_and_of_plain_values(sandbox: Sandbox, tmp_path: Path) -> None:
+    config = write_config(tmp_path, tables=SHIPPED["tables"] | CREW_AND_PAYLOADS)
+    loaded(sandbox, "--config", config)
+    assert_loaded(sandbox, launches(), config)
+    counts = "SELECT count(*) FROM public.launch_"
+    assert sandbox.query(counts + "crew") == [{"count": 10}]
+    assert sandbox.query(counts + "payloads") == [{"count": 45}]
+
+    document = [record | {"crew": []} for record in launches()]
+    serve(sandbox, document)
+    loaded(sandbox, "--config", config)
+    assert_loaded(sandbox, document, config)
+    assert sandbox.query(counts + "crew") == [{"count": 0}]
+
+
+def test_answers_to_the_questions(sandbox: Sandbox) -> None:
+    loaded(sandbox)
+    first, most, soon = (sandbox.query(sql) for sql in QUESTIONS.values())
+    assert [row["flight_number"] for row in first] == [1, 2, 3, 4, 5, 6, 7, 9]
+    assert [(row["core"], row["flights"]) for row in most] == [
+        ("5e9e28a7f3591817f23b2663", 14),
+        ("5f57c5440622a633027900a0", 6),
+        ("5e9e28a5f359182b023b2656", 4),
+    ]
+    assert [(row["core"], row["after"]) for row in soon] == [
+        ("5e9e28a7f3591817f23b2663", timedelta(days=27, hours=8, minutes=21)),
+        ("5f57c5440622a633027900a0", timedelta(days=21, hours=6, minutes=10)),
+    ]
+
+
+# --- stage --------------------------------------------------------------------------------------
+
+
+def test_staged_objects_and_their_replay(sandbox: Sandbox, tmp_path: Path) -> None:
+    run = loaded(sandbox, TMPDIR=str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+    staged = sandbox.objects()
+    day = f"{run[:4]}/{run[4:6]}/{run[6:8]}"
+    raw = f"spacex/raw/{day}/{run}/response.json.gz"
+    folders = {table: f"spacex/{table}/{day}/{run}" for table in (LAUNCHES, CORES)}
+    parts = {table: f"{folder}/{table}.0001.csv.gz" for table, folder in folders.items()}
+    manifests = {table: f"{folder}/manifest.json" for table, folder in folders.items()}
+    assert set(staged) == {raw, *parts.values(), *manifests.values()}
+
+    assert gzip.decompress(staged[raw]) == sandbox.source.body
+    for table, rows in ((LAUNCHES, 30), (CORES, 38)):
+        text = gzip.decompress(staged[parts[table]]).decode()
+        header, *records = csv.reader(io.StringIO(text, newline=""))
+        assert header == [column_name(path) for path in SHIPPED["tables"][table]["columns"]]
+        assert len(records) == rows
+        url = f"s3://{BUCKET}/{parts[table]}"
+        assert json.loads(staged[manifests[table]]) == {
+            "entries": [{"url": url, "mandatory": True}]
+        }
+    for key in staged:
+        head = sandbox.s3.head_object(Bucket=BUCKET, Key=key)
+        assert head["ServerSideEncryption"] == "AES256", key
+
+    copies = [sql for sql in sandbox.redshift.statements if sql.startswith("COPY")]
+    for sql, manifest in zip(copies, manifests.values(), strict=True):
+        assert f"FROM 's3://{BUCKET}/{manifest}'\nIAM_ROLE default\nREGION '{REGION}'\n" in sql
+
+    sandbox.source.requests.clear()
+    serve(sandbox, [])
+    replay = loaded(sandbox, "--source", f"s3://{BUCKET}/{raw}", TMPDIR=str(tmp_path))
+    assert_loaded(sandbox, launches())
+    assert sandbox.source.requests == []
+    assert sandbox.objects()[raw.replace(run, replay)] == staged[raw]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("origin", ["configuration", "environment"])
+def test_kms_key_and_copy_role(sandbox: Sandbox, tmp_path: Path, origin: str) -> None:
+    key = "arn:aws:kms:eu-west-1:123456789012:key/1234abcd-12ab-34cd-56ef-1234567890ab"
+    settings = {"staging.kms_key": key, "staging.prefix": "deep/er"}
+    environment: dict[str, Any] = {"AWS_ROLE_ARN": ROLE}
+    if origin == "configuration":
+        settings["redshift.copy_role"] = ROLE
+        environment["AWS_ROLE_ARN"] = "arn:aws:iam::123456789012:role/another"
+    loaded(sandbox, "--config", write_config(tmp_path, settings), **environment)
+    assert_loaded(sandbox, launches())
+    staged = sandbox.objects()
+    assert len(staged) == 5
+    for name in staged:
+        assert name.startswith("deep/er/")
+        head = sandbox.s3.head_object(Bucket=BUCKET, Key=name)
+        assert (head["ServerSideEncryption"], head["SSEKMSKeyId"]) == ("aws:kms", key)
+    copies = [sql for sql in sandbox.redshift.statements if sql.startswith("COPY")]
+    assert all(f"IAM_ROLE '{ROLE}'" in sql for sql in copies)
+
+
+# --- dry run and command line -------------------------------------------------------------------
+
+
+def test_dry_run_needs_no_aws_and_leaves_only_its_folder(sandbox: Sandbox, tmp_path: Path) -> None:
+    home, work, temporary = (tmp_path / name for name in ("home", "work", "tmp"))
+    for folder in (home, work, temporary):
+        folder.mkdir()
+    environment: dict[str, Any] = dict.fromkeys(AWS_VARIABLES)
+    assert set(sandbox.environment) == set(environment)
+    environment |= {"HOME": str(home), "TMPDIR": str(temporary)}
+    done = sandbox.run("--dry-run", cwd=work, **environment)
+    assert done.returncode == 0, done.stderr
+    assert_untouched(sandbox)
+    assert list(home.iterdir()) == list(work.iterdir()) == []
+    (folder,) = temporary.iterdir()
+    assert folder.name.startswith("sequra-")
+
+    for table, rows in ((LAUNCHES, 30), (CORES, 38)):
+        assert f"{table}: {rows} rows" in done.stdout
+        (part,) = folder.glob(f"{table}.*.csv.gz")
+        assert str(part) in done.stdout
+        with gzip.open(part, "rt", encoding="utf-8", newline="") as text:
+            assert len(list(csv.reader(text))) == rows + 1
+        for statement in ("CREATE TABLE IF NOT EXISTS", "DELETE FROM", "INSERT INTO"):
+            assert f"{statement} {quoted(table)}" in done.stdout
+        assert f'COPY "staging_{table.replace(".", "_")}"' in done.stdout
+        assert f"FROM 's3://{BUCKET}/spacex/{table}/" in done.stdout
+    for first_row in (
+        launches()[0],
+        launches()[0]["cores"][0] | {"launch_id": launches()[0]["id"]},
+    ):
+        for value in first_row.values():
+            if isinstance(value, str) and len(value) < 30 and "T" not in value:
+                assert value in done.stdout
+    assert launches()[3]["id"] not in done.stdout
+
+
+def quoted(table: str) -> str:
+    return '"' + table.replace(".", '"."') + '"'
+
+
+def test_dry_run_and_verbose_show_the_sql_that_a_load_runs(
+    sandbox: Sandbox, tmp_path: Path
+) -> None:
+    shown = sandbox.run("--dry-run", TMPDIR=str(tmp_path))
+    done = sandbox.run("--verbose")
+    assert done.returncode == 0, done.stderr
+    statements = [sql for sql in sandbox.redshift.statements if sql != "begin transaction"]
+    assert [sql for sql in statements if sql not in done.stderr] == []
+
+    old, new = run_id(shown), run_id(done)
+    printed = shown.stdout.replace(old, new)
+    printed = printed.replace(old.rpartition("-")[2], new.rpartition("-")[2])  # NULL AS 'NULL-…'
+    of_the_load = [sql for sql in statements if not sql.startswith(("COMMIT", "SELECT pg_"))]
+    assert len(of_the_load) == 12
+    assert [sql for sql in of_the_load if sql not in printed] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "text"),
+    [
+        (["--help"], 0, "--dry-run"),
+        (["--unknown"], 2, "unrecognized arguments: --unknown"),
+        (["--config"], 2, "expected one argument"),
+        (["extra"], 2, "unrecognized arguments: extra"),
+    ],
+)
+def test_command_line(sandbox: Sandbox, arguments: list[str], status: int, text: str) -> None:
+    done = sandbox.run(*arguments)
+    assert done.returncode == status
+    assert text in (done.stderr if status else done.stdout)
+    assert sandbox.source.requests == []
+    assert_untouched(sandbox)
+
+
+# --- configuration ------------------------------------------------------------------------------
+
+BROKEN = """
+source:
+  uri: https://example.com
+staging:
+  bucket: My_Bucket
+  prefix: /spacex
+redshift:
+  secret: redshift/spacex
+  copy_role: loader
+tables:
+  public.launches:
+    key: [nothing]
+    mode: append
+    sort_key: ships
+    columns:
+      id: varchar
+      Name: varchar(10)
+      ships: super
+      amount: decimal(50,2)
+  cores:
+    rows: cores
+    key: core
+    columns:
+      core: text
+"""
+
+
+def test_a_wrong_configuration_names_all_faults_and_requests_nothing(
+    sandbox: Sandbox, tmp_path: Path
+) -> None:
+    file = tmp_path / "broken.yaml"
+    file.write_text(BROKEN)
+    # Whatever the program asked of AWS would arrive at the source, too.
+    aws = sandbox.source.url.partition("/v5")[0]
+    for arguments in ((), ("--dry-run",)):
+        done = sandbox.run("--config", file, *arguments, AWS_ENDPOINT_URL=aws)
+        assert_failed(
+            done,
+            str(file),
+            "14 fault(s)",
+            "source.uri: unknown key",
+            "source.url: missing",
+            "staging.bucket: ",
+            "staging.prefix: ",
+            "redshift.copy_role: ",
+            "tables.public.launches.key: 'nothing'",
+            "tables.public.launches.mode: ",
+            "tables.public.launches.sort_key: 'ships'",
+            "tables.public.launches.columns.id: ",
+            "tables.public.launches.columns.Name: ",
+            "tables.public.launches.columns.amount: ",
+            "tables.cores: must be schema.table",
+            "tables.cores: rows and parent go together",
+            "tables.cores.columns.core: ",
+            status=2,
+        )
+    assert sandbox.source.requests == []
+    assert_untouched(sandbox)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "No such file"),
+        ("", "not a mapping"),
+        ("- a\n- b\n", "not a mapping"),
+        ("source: [", "not valid YAML"),
+        ("source: {url: a}\nsource: {url: b}\n", "'source' stands twice"),
+        ("source: {url: !!python/object/apply:os.getcwd []}\n", "not valid YAML"),
+        (b"\xff\xfe\x00", "not valid YAML"),
+    ],
+    ids=["missing", "empty", "list", "unclosed", "double key", "python", "bytes"],
+)
+def test_a_configuration_that_cannot_be_read(
+    sandbox: Sandbox, tmp_path: Path, text: str | bytes | None, message: str
+) -> None:
+    file = tmp_path / "pipeline.yaml"
+    if text is not None:
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert_failed(sandbox.run("--config", file), str(file), message, status=2)
+    assert sandbox.source.requests == []
+    assert_untouched(sandbox)
+
+
+# --- extract ------------------------------------------------------------------------------------
+
+
+def test_the_source_is_that_of_the_configuration(sandbox: Sandbox, tmp_path: Path) -> None:
+    config = write_config(tmp_path, {"source.url": sandbox.source.url})
+    loaded(sandbox, "--source", "", "--config", config)  # "" so that the sandbox gives none
+    assert sandbox.source.requests == [f"/v5/launches?token={TOKEN}"]
+    assert_loaded(sandbox, launches())
+
+
+def test_the_source_is_a_file(sandbox: Sandbox, tmp_path: Path) -> None:
+    (tmp_path / "some.json").write_bytes(b"\xef\xbb\xbf" + SAMPLE.read_bytes())
+    loaded(sandbox, "--source", "some.json", cwd=tmp_path)
+    assert sandbox.source.requests == []
+    assert_loaded(sandbox, launches())
+
+
+def responds(status: int, body: bytes = b"", **headers: str) -> Answer:
+    return lambda handler: answer(handler, status, body, **headers)
+
+
+def breaks_off(*pieces: bytes) -> Answer:
+    """Sends these bytes and closes the connection."""
+
+    def send(handler: BaseHTTPRequestHandler) -> None:
+        for piece in pieces:
+            handler.wfile.write(piece)
+        handler.close_connection = True
+
+    return send
+
+
+HALF = SAMPLE.read_bytes()[:30_000]
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+BROKEN_ANSWERS = [
+    ("no answer", []),
+    ("body ends early", [b"HTTP/1.1 200 OK\r\nContent-Length: 65647\r\n\r\n", HALF]),
+    ("chunk ends early", [CHUNKED, b"%x\r\n" % 65_647, HALF]),
+    ("chunks end early", [CHUNKED, b"%x\r\n" % len(HALF), HALF, b"\r\n"]),
+]
+
+
+def test_waits_as_asked_or_longer_each_time_and_gets_it_at_last(sandbox: Sandbox) -> None:
+    answers = [
+        (responds(429, Retry_After="1"), 1.0),
+        (responds(503, Retry_After="soon"), 2.0),  # not a time: the program's own, 2 to 4 s
+        (responds(500, Retry_After="0"), 0.0),
+        (responds(502, Retry_After="0"), 0.0),
+        (responds(504, Retry_After="0"), 0.0),
+    ]
+    times: list[float] = []
+
+    def timed(respond: Answer) -> Answer:
+        def send(handler: BaseHTTPRequestHandler) -> None:
+            times.append(time.monotonic())
+            respond(handler)
+
+        return send
+
+    document = responds(200, SAMPLE.read_bytes())
+    sandbox.source.answers = [timed(send) for send, _ in [*answers, (document, 0.0)]]
+    done = sandbox.run()
+    assert done.returncode == 0, done.stderr
+    assert_loaded(sandbox, launches())
+    waited = [after - before for before, after in itertools.pairwise(times)]
+    for seconds, (_, least) in zip(waited, answers, strict=True):
+        assert least <= seconds < least + 4, waited  # left to itself it waits 4 s from the third on
+    for status in (429, 503, 500, 502, 504):
+        assert f"HTTP {status} " in done.stderr
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [pytest.param(pieces, id=name) for name, pieces in BROKEN_ANSWERS],
+)
+def test_a_broken_answer_is_asked_for_again(sandbox: Sandbox, pieces: list[bytes]) -> None:
+    sandbox.source.answers = [breaks_off(*pieces)]
+    loaded(sandbox)
+    assert len(sandbox.source.requests) == 2
+    assert_loaded(sandbox, launches())
+
+
+def test_gives_up_after_six_attempts(sandbox: Sandbox) -> None:
+    sandbox.source.answers = [responds(500, Retry_After="0")] * 9
+    assert_failed(sandbox.run(), "/v5/launches: HTTP 500 Internal Server Error, attempt 6")
+    assert len(sandbox.source.requests) == 6
+    assert_untouched(sandbox)
+
+
+@pytest.mark.parametrize("status", [401, 404, 501])
+def test_a_lasting_http_error_is_not_retried(sandbox: Sandbox, status: int) -> None:
+    sandbox.source.answers = [responds(status, Retry_After="0")]
+    assert_failed(sandbox.run(), "/v5/launches", f"HTTP {status} ")
+    assert len(sandbox.source.requests) == 1
+    assert_untouched(sandbox)
+
+
+NO_RECORDS: dict[str, tuple[bytes, list[str]]] = {
+    "HTML": (b"<!DOCTYPE html><title>Maintenance", ["HTML", "Maintenance"]),
+    "object": (b'{"docs": [], "page": 1}', ["no JSON array", "docs"]),
+    "empty array": (b"[]", ["empty array"]),
+    "a word": (b'[{"id": "a"}, oops]', ["not JSON after record 1", "oops"]),
+    "end missing": (b'[{"id": "a"}, {"id": ', ["not JSON after record 1"]),
+    "comma too many": (b'[{"id": "a"},]', ["not JSON after record 1"]),
+    "numbers": (b"[1, 2]", ["record 1 is not an object: 1"]),
+    "not UTF-8": (b'[{"id": "\xff\xfe"}]', ["not readable after record 0"]),
+    "too deep": (b"[" * 100_000, ["not readable after record 0"]),
+    "half of a gzip file": (
+        gzip.compress(SAMPLE.read_bytes())[:9_000],
+        ["not readable after record", "ended before the end-of-stream marker"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("body", "parts"), NO_RECORDS.values(), ids=NO_RECORDS)
+def test_an_answer_that_is_no_array_of_objects(
+    sandbox: Sandbox, body: bytes, parts: list[str]
+) -> None:
+    sandbox.source.body = body
+    assert_failed(sandbox.run(), *parts)
+    assert len(sandbox.source.requests) == 1
+    assert_untouched(sandbox)
+
+
+def test_a_compressed_answer_after_a_redirect(sandbox: Sandbox) -> None:
+    body = SAMPLE.read_bytes()
+    sandbox.source.answers = [
+        responds(302, Location=f"/moved?token={TOKEN}"),
+        responds(200, gzip.compress(body), Content_Encoding="gzip"),
+    ]
+    loaded(sandbox)
+    assert sandbox.source.requests[1:] == [f"/moved?token={TOKEN}"]
+    assert_loaded(sandbox, launches())
+    (raw,) = [data for key, data in sandbox.objects().items() if "/raw/" in key]
+    assert gzip.decompress(raw) == body
+
+
+@pytest.mark.parametrize(
+    ("source", "parts"),
+    [
+        ("{folder}/nothing.json", ["nothing.json is not a file"]),
+        ("{folder}", ["is not a file"]),
+        (f"s3://{BUCKET}/nothing.json", [f"cannot read s3://{BUCKET}/nothing.json", "404"]),
+        ("s3://no-such-bucket/x", ["cannot read s3://no-such-bucket/x"]),
+        (f"http:///launches?token={TOKEN}", ["GET http:///launches: InvalidURL"]),
+    ],
+    ids=["no file", "folder", "no object", "no bucket", "no host"],
+)
+def test_a_source_that_is_not_there(
+    sandbox: Sandbox, tmp_path: Path, source: str, parts: list[str]
+) -> None:
+    done = sandbox.run("--source", source.format(folder=tmp_path))
+    assert_failed(done, *parts)
+    assert_untouched(sandbox)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"http://127.0.0.1:99999/launches?token={TOKEN}",
+        f"http://user:{TOKEN}@127.0.0.1:99999/launches",
+    ],
+)
+def test_a_url_that_cannot_be_parsed_is_not_shown_with_its_secrets(
+    sandbox: Sandbox, url: str
+) -> None:
+    assert_failed(sandbox.run("--source", url), "GET http://127.0.0.1:99999/launches")
+
+
+@pytest.mark.parametrize("host", ["[::1", "api..example.com"])
+def test_a_url_with_an_impossible_host_is_one_clear_error(sandbox: Sandbox, host: str) -> None:
+    assert_failed(sandbox.run("--source", f"http://{host}/launches?token={TOKEN}"), host)
+
+
+def test_odd_headers_do_not_show_the_token(sandbox: Sandbox) -> None:
+    odd = b"HTTP/1.1 200 OK\r\nContent-Length: 65647\r\nno colon here\r\n\r\n"
+    sandbox.source.answers = [breaks_off(odd, SAMPLE.read_bytes())]
+    loaded(sandbox)
+
+
+def test_the_token_is_not_shown_with_verbose_and_failures(sandbox: Sandbox) -> None:
+    sandbox.source.answers = [responds(503, Retry_After="0"), responds(403)]
+    assert_failed(sandbox.run("--verbose"), "HTTP 403")
+    assert all(TOKEN in path for path in sandbox.source.requests)
+
+
+# --- transform ----------------------------------------------------------------------------------
+
+
+class Misfit(NamedTuple):
+    change: Callable[[dict[str, Any]], object]
+    table: str
+    parts: list[str]
+
+
+def sets(path: str, value: Any) -> Callable[[dict[str, Any]], object]:
+    *outer, name = path.split(".")
+
+    def change(record: dict[str, Any]) -> None:
+        for step in outer:
+            record = record[step]
+        record[name] = value
+
+    return change
+
+
+MISFITS = [
+    Misfit(sets("flight_number", "7"), LAUNCHES, ["flight_number", '"7"', "is not an integer"]),
+    Misfit(sets("window", 2**31), LAUNCHES, ["window", "2147483648", "-2147483648 to 2147483647"]),
+    Misfit(sets("name", None), LAUNCHES, ["name", "null", "not null"]),
+    Misfit(sets("name", "é" * 129), LAUNCHES, ["name", "258 bytes", "256"]),
+    Misfit(sets("date_utc", "2018-02-30T00:00:00Z"), LAUNCHES, ["date_utc", "2018-02-30"]),
+    Misfit(sets("details", "a\0b"), LAUNCHES, ["details", "NUL"]),
+    Misfit(sets("details", "\ud83d"), LAUNCHES, ["details", "surrogate"]),
+    Misfit(sets("links.patch", []), LAUNCHES, ["links.patch", "[]", "object"]),
+    Misfit(sets("failures", float("nan")), LAUNCHES, ["failures", "NaN"]),
+    Misfit(sets("cores", {}), CORES, ["cores", "{}", "is not an array"]),
+    Misfit(
+        lambda record: record["cores"][2].update(flight="3"),
+        CORES,
+        ["position=3", "cores[].flight", '"3"', "is not an integer"],
+    ),
+]
+
+
+@pytest.mark.parametrize("misfit", MISFITS, ids=lambda misfit: " ".join(misfit.parts)[:40])
+def test_a_value_that_does_not_fit_is_named_and_nothing_is_staged(
+    sandbox: Sandbox, tmp_path: Path, misfit: Misfit
+) -> None:
+    document = launches()
+    misfit.change(document[13])
+    serve(sandbox, document)
+    done = sandbox.run(TMPDIR=str(tmp_path))
+    assert_failed(done, misfit.table, document[13]["id"], *misfit.parts)
+    assert_untouched(sandbox)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_double_keys_are_refused_by_their_names(sandbox: Sandbox) -> None:
+    document = launches()
+    serve(sandbox, [*document, document[4], document[7] | {"name": "Another"}])
+    done = sandbox.run()
+    assert_failed(done, LAUNCHES, "more than one row", document[4]["id"], document[7]["id"])
+    assert document[5]["id"] not in done.stderr
+    assert_untouched(sandbox)
+
+
+def test_double_keys_far_apart_are_refused_and_change_no_table(sandbox: Sandbox) -> None:
+    loaded(sandbox)
+    before = snapshot(sandbox)
+    record = launches()[0]
+    document = [record | {"id": f"record-{number}"} for number in range(2_100)]
+    serve(sandbox, [*document, document[0], document[5]])
+    done = sandbox.run()
+    assert_failed(done, LAUNCHES, "more than one row", '"record-0"', '"record-5"')
+    assert snapshot(sandbox) == before
+
+
+def test_unknown_and_missing_fields_are_warned_of(sandbox: Sandbox) -> None:
+    document = launches()
+    document[4]["links"]["patch"]["huge"] = "https://example.com"
+    document[13]["cores"][1]["engine"] = {"type": "Merlin"}
+    document[20]["weather"] = None
+    for record in document:
+        del record["launch_library_id"]
+        record["links"].pop("reddit")
+        for core in record["cores"]:
+            del core["landpad"]
+    serve(sandbox, document)
+    done = sandbox.run()
+    assert done.returncode == 0, done.stderr
+    warnings = [line for line in done.stderr.splitlines() if " WARNING " in line]
+    unknown = {"links.patch.huge", "cores[].engine", "weather"}
+    reddit = {f"links.reddit.{name}" for name in ("campaign", "launch", "media", "recovery")}
+    missing = {"launch_library_id", "cores[].landpad"} | reddit
+    assert {line.rpartition(": ")[2] for line in warnings if "no table loads" in line} == unknown
+    assert set(re.findall(r"no record has the field ([^,\s]+)", done.stderr)) == missing
+    assert len(warnings) == len(unknown | missing)
+    assert_loaded(sandbox, document)
+
+
+def test_no_warning_of_a_field_that_all_records_have(sandbox: Sandbox, tmp_path: Path) -> None:
+    config = write_config(tmp_path, tables=CREW_AND_PAYLOADS)
+    serve(sandbox, [record | {"crew": [], "payloads": []} for record in launches()])
+    done = sandbox.run("--config", config)
+    assert done.returncode == 0, done.stderr
+    assert "no record has the field id" not in done.stderr
+
+
+# --- load ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_stl_load_errors(sandbox: Sandbox) -> Iterator[None]:
+    """As on Redshift Serverless: the view cannot be read."""
+    with sandbox.redshift.connect() as connection:
+        connection.execute("REVOKE SELECT ON sandbox.stl_load_errors FROM PUBLIC")
+        yield
+        connection.execute("GRANT SELECT ON sandbox.stl_load_errors TO PUBLIC")
+
+
+def load_short_names_and_narrow_the_column(sandbox: Sandbox) -> None:
+    serve(sandbox, [record | {"name": "short"} for record in launches()])
+    loaded(sandbox)
+    with sandbox.redshift.connect() as connection:
+        connection.execute("ALTER TABLE public.launches ALTER COLUMN name TYPE varchar(12)")
+    sandbox.source.body = SAMPLE.read_bytes()
+
+
+def refused_by_copy(sandbox: Sandbox) -> tuple[str, str]:
+    """The error of a run whose COPY fails, and how it must begin."""
+    load_short_names_and_narrow_the_column(sandbox)
+    before = snapshot(sandbox)
+    staged_before = set(sandbox.objects())
+    done = sandbox.run()
+    assert snapshot(sandbox) == before
+    assert_failed(done)
+    new = {key: data for key, data in sandbox.objects().items() if key not in staged_before}
+    (part,) = [key for key in new if key.endswith("launches.0001.csv.gz")]
+    culprit = next(record for record in launches() if len(record["name"].encode()) > 12)
+    lines = gzip.decompress(new[part]).decode().split("\n")
+    (line,) = [n for n, text in enumerate(lines, 1) if text.startswith(f'"{culprit["id"]}"')]
+    assert culprit["name"] == "Falcon 9 Test Flight"
+    return done.stderr.splitlines()[-1], (
+        f"s3://{BUCKET}/{part}, line {line}, column name (varchar): "
+        "String length exceeds DDL length"
+    )
+
+
+def test_a_value_that_copy_refuses_is_shown_with_its_place(sandbox: Sandbox) -> None:
+    error, reason = refused_by_copy(sandbox)
+    assert "COPY for public.launches" in error
+    assert error.endswith(f"{reason}: 'Falcon 9 Test Flight'")
+
+
+@pytest.mark.usefixtures("no_stl_load_errors")
+def test_without_stl_load_errors_the_place_is_shown(sandbox: Sandbox) -> None:
+    error, reason = refused_by_copy(sandbox)
+    assert "COPY for public.launches" in error
+    assert reason in error
+
+
+@pytest.mark.usefixtures("no_stl_load_errors")
+def test_without_stl_load_errors_no_value_is_made_up(sandbox: Sandbox) -> None:
+    error, reason = refused_by_copy(sandbox)
+    assert error.endswith(reason)
+
+
+def change_part(sandbox: Sandbox, change: Callable[[str], object]) -> Callable[[str, str], None]:
+    """A hook that changes the staged part of the cores just before Redshift reads it."""
+
+    def hook(stage: str, sql: str) -> None:
+        if stage == "before" and sql.startswith('COPY "staging_public_launch_cores"'):
+            (key,) = [key for key in sandbox.objects() if key.endswith("cores.0001.csv.gz")]
+            change(key)
+
+    return hook
+
+
+def test_fewer_rows_than_staged_are_refused(sandbox: Sandbox) -> None:
+    def shorten(key: str) -> None:
+        lines = gzip.decompress(sandbox.objects()[key]).splitlines(keepends=True)
+        body = gzip.compress(b"".join(lines[:-3]))
+        sandbox.s3.put_object(Bucket=BUCKET, Key=key, Body=body)
+
+    sandbox.redshift.hook = change_part(sandbox, shorten)
+    assert_failed(sandbox.run(), CORES, "35 rows were loaded, 38 were staged")
+    assert snapshot(sandbox) == [[], []]
+
+
+def test_a_staged_part_that_is_gone_is_an_error(sandbox: Sandbox) -> None:
+    def remove(key: str) -> None:
+        sandbox.s3.delete_object(Bucket=BUCKET, Key=key)
+
+    sandbox.redshift.hook = change_part(sandbox, remove)
+    assert_failed(sandbox.run(), CORES)
+    assert snapshot(sandbox) == [[], []]
+
+
+def secret(sandbox: Sandbox, **changes: object) -> str:
+    values = {k: v for k, v in (sandbox.secret() | changes).items() if v is not None}
+    return json.dumps(values)
+
+
+class Fault(NamedTuple):
+    secret: Callable[[Sandbox], str]
+    parts: list[str]
+
+
+FAULTS = {
+    "wrong password": Fault(
+        lambda s: secret(s, PASSWORD=f"{PASSWORD}-wrong"), ["password authentication failed", USER]
+    ),
+    "unknown database": Fault(
+        lambda s: secret(s, DATABASE="nothing"), ['database "nothing" does not exist']
+    ),
+    "no server": Fault(lambda s: secret(s, PORT=1), ["localhost:1,", "Connection refused"]),
+    "port out of range": Fault(lambda s: secret(s, PORT=99999), ["99999"]),
+    "name not in the certificate": Fault(
+        lambda s: secret(s, HOST="127.0.0.1"), ["127.0.0.1", "certificate verify failed"]
+    ),
+    "unknown host": Fault(
+        lambda s: secret(s, HOST="redshift.invalid"), ["cannot connect", "redshift.invalid"]
+    ),
+    "no JSON": Fault(lambda s: PASSWORD, [SECRET, "not a JSON object"]),
+    "a JSON array": Fault(lambda s: json.dumps([PASSWORD]), [SECRET, "not a JSON object"]),
+    "keys missing": Fault(
+        lambda s: secret(s, HOST=None, PASSWORD="", USER=None), ["lacks HOST, USER, PASSWORD"]
+    ),
+    "port no number": Fault(lambda s: secret(s, PORT="redshift"), [SECRET, "PORT"]),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+def test_a_secret_that_does_not_lead_to_redshift(
+    sandbox: Sandbox, tmp_path: Path, fault: Fault
+) -> None:
+    sandbox.secrets.put_secret_value(SecretId=SECRET, SecretString=fault.secret(sandbox))
+    assert_failed(sandbox.run("--verbose", TMPDIR=str(tmp_path)), *fault.parts)
+    assert sandbox.redshift.statements == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_impossible_host_in_the_secret_is_one_clear_error(sandbox: Sandbox) -> None:
+    text = secret(sandbox, HOST="redshift..example.com")
+    sandbox.secrets.put_secret_value(SecretId=SECRET, SecretString=text)
+    assert_failed(sandbox.run(), "redshift..example.com")
+
+
+@pytest.mark.parametrize(
+    ("settings", "environment", "parts"),
+    [
+        (
+            {"redshift.secret": "nothing"},
+            {},
+            ["cannot read the secret nothing", "ResourceNotFound"],
+        ),
+        ({"staging.bucket": "no-such-bucket"}, {}, ["s3://no-such-bucket/", "NoSuchBucket"]),
+        ({}, {"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None}, ["credentials"]),
+        ({}, {"AWS_REGION": None}, ["no AWS region", "AWS_REGION"]),
+    ],
+    ids=["secret", "bucket", "credentials", "region"],
+)
+def test_something_of_aws_that_is_missing(
+    sandbox: Sandbox,
+    tmp_path: Path,
+    settings: dict[str, str],
+    environment: dict[str, Any],
+    parts: list[str],
+) -> None:
+    home = {"HOME": str(tmp_path), "AWS_EC2_METADATA_DISABLED": "true"}
+    done = sandbox.run("--config", write_config(tmp_path, settings), **home | environment)
+    assert_failed(done, *parts)
+    assert sandbox.redshift.statements == []
+
+
+def test_the_secret_as_aws_writes_it(sandbox: Sandbox) -> None:
+    text = json.dumps(
+        {
+            "username": USER,
+            "password": PASSWORD,
+            "engine": "redshift",
+            "host": sandbox.redshift.host,
+            "port": str(sandbox.redshift.port),
+            "dbname": DATABASE,
+            "dbClusterIdentifier": "analytics",
+        }
+    )
+    sandbox.secrets.put_secret_value(SecretId=SECRET, SecretString=text)
+    loaded(sandbox)
+    assert_loaded(sandbox, launches())
+
+
+def test_one_transaction_swaps_all_tables_without_a_lock(sandbox: Sandbox, tmp_path: Path) -> None:
+    tables = SHIPPED["tables"] | CREW_AND_PAYLOADS
+    loaded(sandbox, "--config", write_config(tmp_path, tables=tables))
+    statements = sandbox.redshift.statements
+    assert [sql for sql in statements if re.match(r"\s*(lock|truncate|alter)\b", sql, re.I)] == []
+    targets = [quoted(name) for name in tables]
+    swap = [
+        ("begin",),
+        *((f"{verb} {target}",) for target in targets for verb in ("DELETE FROM", "INSERT INTO")),
+        ("COMMIT",),
+    ]
+    last = statements[-len(swap) :]
+    assert [sql for sql, begin in zip(last, swap, strict=True) if not sql.startswith(begin)] == []
+    before = statements[: -len(swap)]
+    assert not [sql for sql in before if sql.lower().startswith(("begin", "delete", "insert"))]
+    assert not [sql for sql in before for target in targets if f"COPY {target}" in sql]
+
+
+READ = "SELECT name FROM public.launches UNION ALL SELECT core FROM public.launch_cores"
+
+
+def names(connection: psycopg.Connection[Any]) -> list[str | None]:
+    return sorted((row[0] for row in connection.execute(READ).fetchall()), key=str)
+
+
+def test_readers_and_the_load_never_wait_for_each_other(sandbox: Sandbox) -> None:
+    loaded(sandbox)
+    document = [record | {"name": "changed", "cores": []} for record in launches()[:3]]
+    serve(sandbox, document)
+    seen: list[list[str | None]] = []
+
+    with sandbox.redshift.connect() as early, sandbox.redshift.connect() as late:
+        early.autocommit = False
+        old = names(early)  # and the transaction stays open
+        late.execute("SET statement_timeout = '5s'")
+
+        def hook(stage: str, sql: str) -> None:
+            if stage == "after" and sql.startswith(("DELETE", "INSERT")):
+                seen.append(names(late))
+
+        sandbox.redshift.hook = hook
+        loaded(sandbox)
+        assert seen == [old] * 4
+        assert names(early) == old
+        early.rollback()
+        assert names(early) == names(late) == ["changed"] * 3
+        early.rollback()
+    assert_loaded(sandbox, document)
+
+
+@pytest.mark.parametrize("begin", ["COPY", "DELETE FROM", "INSERT INTO", "COMMIT"])
+def test_a_connection_that_breaks_leaves_the_tables_as_they_were(
+    sandbox: Sandbox, begin: str
+) -> None:
+    loaded(sandbox)
+    before = snapshot(sandbox)
+    serve(sandbox, launches()[:3])
+
+    def hook(stage: str, sql: str) -> None:
+        if stage == "before" and sql.startswith(begin) and "launches" not in sql:
+            raise DropConnection
+
+    sandbox.redshift.hook = hook
+    assert_failed(sandbox.run(), begin)
+    assert snapshot(sandbox) == before
+
+
+def test_a_load_that_meets_another_fails_and_changes_nothing(sandbox: Sandbox) -> None:
+    loaded(sandbox)
+
+    def hook(stage: str, sql: str) -> None:
+        if stage == "after" and sql == f"DELETE FROM {quoted(LAUNCHES)}":
+            with sandbox.redshift.connect() as other:
+                other.execute("UPDATE public.launch_cores SET _run_id = 'other'")
+
+    sandbox.redshift.hook = hook
+    assert_failed(sandbox.run(), "1023", "Serializable isolation violation")
+    rows = sandbox.query("SELECT DISTINCT _run_id FROM public.launch_cores")
+    assert rows == [{"_run_id": "other"}]
+    assert sandbox.query("SELECT count(*) FROM public.launches") == [{"count": 30}]

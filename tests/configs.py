@@ -1,0 +1,30 @@
+"""Small configurations, read by the program as it reads any other."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from sequra_challenge import main
+
+SECTIONS: dict[str, Any] = {
+    "source": {"url": "https://example.org/v5/launches"},
+    "staging": {"bucket": "bucket", "prefix": "spacex"},
+    "redshift": {"secret": "redshift/spacex"},
+}
+
+
+def config_of(tables: dict[str, Any], **sections: Any) -> main.Config:
+    """A configuration with these tables; JSON is YAML as well."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "pipeline.yaml"
+        path.write_text(json.dumps(SECTIONS | sections | {"tables": tables}))
+        return main.load_config(path)
+
+
+def table_of(columns: dict[str, str], key: str | list[str] = "id", **settings: Any) -> main.Table:
+    """The table public.things with these columns."""
+    settings = {"key": key, "columns": columns, **settings}
+    return config_of({"public.things": settings}).tables[0]

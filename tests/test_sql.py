@@ -1,0 +1,203 @@
+"""The SQL that Redshift gets, whole."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs import config_of
+from sequra_challenge import main
+
+REPLACED = {
+    "key": "id",
+    "sort_key": ["date_utc", "id"],
+    "dist_key": "id",
+    "columns": {
+        "id": "varchar(24) not null",
+        "date_utc": "timestamptz not null",
+        "links.patch": "super",
+        "mass": "decimal(10,2)",
+        "ratio": "double precision",
+    },
+}
+UPSERTED = {
+    "mode": "upsert",
+    "rows": "cores",
+    "parent": "launch",
+    "key": ["launch_id", "position"],
+    "columns": {
+        "launch.id": "varchar(24)",
+        "position": "smallint not null",
+        "select": "boolean",
+    },
+}
+TABLES = {"public.launches": REPLACED, "spacex.cores": UPSERTED}
+ROLE = "arn:aws:iam::123456789012:role/loader"
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> main.Run:
+    monkeypatch.delenv("AWS_ROLE_ARN", raising=False)
+    started = datetime(2024, 2, 29, 23, 59, 58, 7, UTC)
+    return main.Run(config_of(TABLES), Path("/nowhere"), started=started, token="0a1b2c3d")
+
+
+@pytest.fixture
+def launches(run: main.Run) -> main.Table:
+    return run.config.tables[0]
+
+
+@pytest.fixture
+def cores(run: main.Run) -> main.Table:
+    return run.config.tables[1]
+
+
+def test_create(launches: main.Table) -> None:
+    assert (
+        main.create_sql(launches)
+        == """\
+CREATE TABLE IF NOT EXISTS "public"."launches" (
+  "id" varchar(24) NOT NULL,
+  "date_utc" timestamptz NOT NULL,
+  "links_patch" super,
+  "mass" decimal(10,2),
+  "ratio" double precision,
+  "_run_id" varchar(64),
+  "_loaded_at" timestamptz
+)
+DISTKEY ("id")
+COMPOUND SORTKEY ("date_utc", "id")"""
+    )
+
+
+def test_create_without_sort_and_dist_key(cores: main.Table) -> None:
+    assert (
+        main.create_sql(cores)
+        == """\
+CREATE TABLE IF NOT EXISTS "spacex"."cores" (
+  "launch_id" varchar(24),
+  "position" smallint NOT NULL,
+  "select" boolean,
+  "_run_id" varchar(64),
+  "_loaded_at" timestamptz
+)"""
+    )
+
+
+COPY = """\
+COPY "staging_1" ("id", "date_utc", "links_patch", "mass", "ratio")
+FROM 's3://bucket/spacex/public.launches/2024/02/29/20240229T235958.000007Z-0a1b2c3d/manifest.json'
+IAM_ROLE {}
+REGION 'eu-west-1'
+MANIFEST GZIP CSV IGNOREHEADER 1
+NULL AS 'NULL-0a1b2c3d'
+DATEFORMAT 'auto' TIMEFORMAT 'auto'
+COMPUPDATE OFF STATUPDATE OFF"""
+
+
+def test_copy_with_the_default_role(run: main.Run, launches: main.Table) -> None:
+    create, copy = main.copy_sql(run, launches, "eu-west-1")
+    assert create == ('CREATE TEMP TABLE "staging_1" (LIKE "public"."launches" INCLUDING DEFAULTS)')
+    assert copy == COPY.format("default")
+
+
+@pytest.mark.parametrize("role", [ROLE, f"{ROLE},{ROLE}2"])
+def test_copy_with_a_role(role: str) -> None:
+    redshift = {"secret": "s", "copy_role": role}
+    config = config_of(TABLES, redshift=redshift)
+    started = datetime(2024, 2, 29, 23, 59, 58, 7, UTC)
+    run = main.Run(config, Path("/nowhere"), started=started, token="0a1b2c3d")
+    _, copy = main.copy_sql(run, config.tables[0], "eu-west-1")
+    assert copy == COPY.format(f"'{role}'")
+
+
+def test_doubles_of_one_key(launches: main.Table) -> None:
+    assert (
+        main.doubles_sql(launches)
+        == """\
+SELECT "id"
+FROM "staging_1"
+GROUP BY "id"
+HAVING count(*) > 1
+LIMIT 5"""
+    )
+
+
+def test_doubles_of_two_keys(cores: main.Table) -> None:
+    assert (
+        main.doubles_sql(cores)
+        == """\
+SELECT "launch_id", "position"
+FROM "staging_2"
+GROUP BY "launch_id", "position"
+HAVING count(*) > 1
+LIMIT 5"""
+    )
+
+
+def test_replace(run: main.Run, launches: main.Table) -> None:
+    assert main.swap_sql(run, launches) == (
+        'DELETE FROM "public"."launches"',
+        """\
+INSERT INTO "public"."launches" \
+("id", "date_utc", "links_patch", "mass", "ratio", "_run_id", "_loaded_at")
+SELECT "id", "date_utc", "links_patch", "mass", "ratio", \
+'20240229T235958.000007Z-0a1b2c3d', GETDATE()
+FROM "staging_public_launches\"""",
+    )
+
+
+def test_upsert_by_two_keys(run: main.Run, cores: main.Table) -> None:
+    assert main.swap_sql(run, cores) == (
+        """\
+DELETE FROM "spacex"."cores"
+USING "staging_2"
+WHERE "spacex"."cores"."launch_id" = "staging_2"."launch_id" \
+AND "spacex"."cores"."position" = "staging_2"."position\"""",
+        """\
+INSERT INTO "spacex"."cores" ("launch_id", "position", "select", "_run_id", "_loaded_at")
+SELECT "launch_id", "position", "select", '20240229T235958.000007Z-0a1b2c3d', GETDATE()
+FROM "staging_spacex_cores\"""",
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "written"),
+    [("", "''"), ("a b", "'a b'"), ("it's", "'it''s'"), ("''", "''''''"), ('"é"', "'\"é\"'")],
+)
+def test_a_literal(text: str, written: str) -> None:
+    assert main.literal(text) == written
+
+
+@pytest.mark.parametrize("text", ["\\", "a\\'b"])
+def test_a_literal_has_no_backslash(text: str) -> None:
+    with pytest.raises(main.PipelineError, match="backslash"):
+        main.literal(text)
+
+
+@pytest.mark.parametrize(
+    ("names", "written"),
+    [
+        (["id"], '"id"'),
+        (["a", "b"], '"a", "b"'),
+        (["public.launches"], '"public"."launches"'),
+        (["public.launches.id", "select"], '"public"."launches"."id", "select"'),
+    ],
+)
+def test_quoted(names: list[str], written: str) -> None:
+    assert main.quoted(*names) == written
+
+
+LONG = "t" * 120
+
+
+@pytest.mark.parametrize(
+    "names", [["a.b_c", "a_b.c"], [f"public.{LONG}_1", f"public.{LONG}_2"]], ids=["dot", "long"]
+)
+def test_every_table_is_staged_in_its_own(names: list[str]) -> None:
+    settings: dict[str, Any] = {"key": "id", "columns": {"id": "integer"}}
+    first, second = config_of(dict.fromkeys(names, settings)).tables
+    assert main.doubles_sql(first) != main.doubles_sql(second)
