@@ -17,6 +17,7 @@ import hashlib
 import io
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -906,8 +907,8 @@ def read_credentials(secret: str) -> Credentials:
     missing = [name.upper() for name in names if values.get(name) in (None, "")]
     if missing:
         raise PipelineError(f"the secret {secret} lacks {', '.join(missing)}")
-    if not re.fullmatch(r"\d{1,5}", str(values["port"])):
-        raise PipelineError(f"the secret {secret} has a PORT that is no number")
+    if not re.fullmatch(r"\d{1,5}", str(values["port"])) or int(values["port"]) > 65_535:
+        raise PipelineError(f"the secret {secret} has a PORT that is no number up to 65535")
     if not re.fullmatch(r"[\w-]{1,63}(\.[\w-]{1,63})*", str(values["host"]), re.ASCII):
         raise PipelineError(f"the secret {secret} has a HOST that is no host name")
     values = {name: str(values[name]) for name in names}
@@ -1177,10 +1178,10 @@ def swap(cursor: Any, run: Run, staged: list[PartWriter], sha256: str) -> None:
 
 def refuse_shrinking(table: Table, before: int, after: int) -> None:
     """Raises PipelineError when a replace would leave so few rows that the source seems broken."""
-    least = max(table.min_rows, before * (1 - table.max_shrink))
+    least = max(table.min_rows, math.ceil(round(before * (1 - table.max_shrink), 6)))
     if after < least:
         raise PipelineError(
-            f"{table.name} has {before} rows and would have {after}, at least {least:.0f} are "
+            f"{table.name} has {before} rows and would have {after}, at least {least} are "
             f"expected (min_rows {table.min_rows}, max_shrink {table.max_shrink}); "
             "if that is right, run once with --allow-shrink"
         )

@@ -146,7 +146,7 @@ INSERT INTO "public"."launches" \
 ("id", "date_utc", "links_patch", "mass", "ratio", "_run_id", "_loaded_at")
 SELECT "id", "date_utc", "links_patch", "mass", "ratio", \
 '20240229T235958.000007Z-0a1b2c3d', GETDATE()
-FROM "staging_public_launches\"""",
+FROM "staging_1\"""",
     )
 
 
@@ -160,7 +160,7 @@ AND "spacex"."cores"."position" = "staging_2"."position\"""",
         """\
 INSERT INTO "spacex"."cores" ("launch_id", "position", "select", "_run_id", "_loaded_at")
 SELECT "launch_id", "position", "select", '20240229T235958.000007Z-0a1b2c3d', GETDATE()
-FROM "staging_spacex_cores\"""",
+FROM "staging_2\"""",
     )
 
 
