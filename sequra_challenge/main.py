@@ -1088,7 +1088,8 @@ def prepare_targets(cursor: Any, config: Config) -> None:
     Raises PipelineError, before any of that, where a table differs in another way.
     """
     changes, faults = [], []
-    for table in (*config.tables, *audit_table(config)):
+    audit = audit_table(config)
+    for table in (*config.tables, audit) if audit else config.tables:
         rows = execute(cursor, COLUMNS_SQL.format(*map(literal, table.name.split(".")))).fetchall()
         existing = {name: Column((name,), _type_sql(*kind), False) for name, *kind in rows}
         alter = f"ALTER TABLE {quoted(table.name)}"
@@ -1151,12 +1152,13 @@ def swap(cursor: Any, run: Run, staged: list[PartWriter], sha256: str) -> None:
 
     All in one transaction: a reader sees the rows of before or those of this run, everywhere.
     """
-    for audit in audit_table(run.config):
+    audit = audit_table(run.config)
+    if audit:
         # The loaders' turnstile. First of all, because the snapshot is taken after it.
         execute(cursor, f"LOCK {quoted(audit.name)}")
-    witness = run.config.audit_table or staged[0].table.name
-    by_this_run = f"SELECT count(*) FROM {quoted(witness)} WHERE _run_id = {literal(run.id)}"
-    if execute(cursor, by_this_run).fetchone()[0]:
+    witness = quoted(audit.name if audit else staged[0].table.name)
+    of_this_run = f'SELECT count(*) FROM {witness} WHERE "_run_id" = {literal(run.id)}'
+    if execute(cursor, of_this_run).fetchone()[0]:
         log.info("load: the run is in the tables already: only the answer to its commit was lost")
         return
     before = {}
@@ -1168,7 +1170,7 @@ def swap(cursor: Any, run: Run, staged: list[PartWriter], sha256: str) -> None:
     for parts in staged:
         for sql in swap_sql(run, parts.table):
             execute(cursor, sql)
-        for audit in audit_table(run.config):
+        if audit:
             row = audit_row(run, parts, before[parts.table.name], sha256)
             places = ", ".join(["%s"] * len(row))
             sql = f"INSERT INTO {quoted(audit.name)} ({quoted(*row)}) VALUES ({places})"
@@ -1187,10 +1189,10 @@ def refuse_shrinking(table: Table, before: int, after: int) -> None:
         )
 
 
-def audit_table(config: Config) -> list[Table]:
-    """The table with a row for each run and table, or none where it is turned off."""
+def audit_table(config: Config) -> Table | None:
+    """The table that gets a row for each run and table, unless it is turned off."""
     if not config.audit_table:
-        return []
+        return None
     columns = {
         "table_name": "varchar(255)",
         "mode": "varchar(16)",
@@ -1202,7 +1204,7 @@ def audit_table(config: Config) -> list[Table]:
         "rows_loaded": "bigint",
         "started_at": "timestamptz",
     }
-    return [_table(config.audit_table, "", {"columns": columns})]
+    return _table(config.audit_table, "", {"columns": columns})
 
 
 def audit_row(run: Run, parts: PartWriter, before: int, sha256: str) -> dict[str, Any]:
