@@ -438,7 +438,7 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
     except (ValueError, ArithmeticError, RecursionError, EOFError, OSError, zlib.error) as error:
         # A number of 5,000 digits, an exponent of 20, brackets a thousand deep, bytes that are
         # not UTF-8, a gzip file that is damaged.
-        raise PipelineError(f"not readable after record {count}: {error!r}") from None
+        raise PipelineError(f"not readable after record {count}: {error}") from None
     if not count:
         raise PipelineError("the source is an empty array, there is nothing to load")
 
@@ -580,7 +580,8 @@ def source_path(table: Table, path: tuple[str, ...]) -> str:
 def _misfit(
     table: Table, row: Any, path: tuple[str, ...], value: Any, rule: Unfit
 ) -> PipelineError:
-    key = _key_text({c.name: dig(row, c.path) for c in table.columns if c.name in table.key})
+    keys = {c.name: dig(row, c.path) for c in table.columns if c.name in table.key}
+    key = shorten(row) if set(map(type, keys.values())) == {NoneType} else _key_text(keys)
     where = source_path(table, path)
     return PipelineError(f"{table.name}, {key}: {where}: {shorten(value)} {rule}")
 
@@ -698,7 +699,7 @@ def _texts_in(value: Any) -> Iterator[str]:
 
 
 DATE = r"\d{4}-\d\d-\d\d"
-TIME = DATE + r"[T ]\d\d:\d\d:\d\d(\.\d{1,6}0{0,3})?"
+TIME = DATE + r"[T ]\d\d:\d\d:\d\d(\.\d{1,6})?"
 TIMES = {"date": DATE, "timestamp": TIME, "timestamptz": TIME + r"(Z|[+-]\d\d(:?\d\d)?)"}
 EXAMPLES = {
     "date": "2006-03-24",
@@ -968,7 +969,8 @@ def doubles_sql(table: Table) -> str:
 def swap_sql(run: Run, table: Table) -> tuple[str, str]:
     """DELETE and INSERT that put the staged rows in the place of the target's.
 
-    Not TRUNCATE, which commits; and no lock, so that readers and the load never wait.
+    Not TRUNCATE, which commits; and no lock, so that readers and the load never wait. SYSDATE is
+    the beginning of the transaction, so the same in all tables.
     """
     names = quoted(*(column.name for column in table.columns))
     delete = f"DELETE FROM {quoted(table.name)}"
@@ -981,7 +983,7 @@ def swap_sql(run: Run, table: Table) -> tuple[str, str]:
     return (
         delete,
         f"""INSERT INTO {quoted(table.name)} ({names}, "_run_id", "_loaded_at")
-SELECT {names}, {literal(run.id)}, GETDATE()
+SELECT {names}, {literal(run.id)}, SYSDATE
 FROM {quoted(table.staging)}""",
     )
 
@@ -1052,28 +1054,42 @@ def execute(cursor: Any, sql: str, *values: Any) -> Any:
 def load(run: Run, staged: list[PartWriter], region: str, sha256: str) -> None:
     """Loads the staged files into the tables; where that may help, again on a new connection.
 
-    Loading twice does no harm, and the swap notices when a commit's answer was all that got lost.
+    Loading twice does no harm. After the last try it is looked up whether only the answer to its
+    commit got lost.
     """
     credentials = read_credentials(run.config.secret)
-    for retries_left in reversed(range(LOAD_TRIES)):
-        connection = connect(run.config, credentials)
+    for tries_left in reversed(range(LOAD_TRIES + 1)):
         try:
-            cursor = connection.cursor()
-            connection.autocommit = True  # pg_last_copy_id() does not survive a rollback
-            execute(cursor, f"SET statement_timeout TO {int(run.config.statement_seconds * 1000)}")
-            prepare_targets(cursor, run.config)
-            for parts in staged:
-                copy(cursor, run, parts, region)
-            connection.autocommit = False
-            swap(cursor, run, staged, sha256)
-            return
+            with session(run.config, credentials) as (connection, cursor):
+                if tries_left:
+                    prepare_targets(cursor, run.config)
+                    for parts in staged:
+                        copy(cursor, run, parts, region)
+                connection.autocommit = False
+                if is_loaded(cursor, run):
+                    log.info("load: had succeeded, only the answer to the commit got lost")
+                    return
+                if tries_left:
+                    swap(cursor, run, staged, sha256)
+                    return
         except TransientError as error:
-            if not retries_left:
-                raise
-            log.warning("load: %s, trying again", error)
-        finally:
-            with contextlib.suppress(redshift_connector.Error, OSError):
-                connection.close()  # the server rolls back what was not committed
+            failure = error
+            log.warning("load: %s", error)
+    raise failure
+
+
+@contextlib.contextmanager
+def session(config: Config, credentials: Credentials) -> Iterator[tuple[Any, Any]]:
+    """A new connection, at first in autocommit, with its cursor; closed even when broken."""
+    connection = connect(config, credentials)
+    try:
+        connection.autocommit = True  # pg_last_copy_id() does not survive a rollback
+        cursor = connection.cursor()
+        execute(cursor, f"SET statement_timeout TO {config.statement_seconds * 1000}")
+        yield connection, cursor
+    finally:
+        with contextlib.suppress(redshift_connector.Error, OSError):
+            connection.close()  # the server rolls back what was not committed
 
 
 COLUMNS_SQL = """SELECT column_name, data_type, character_maximum_length, numeric_precision,
@@ -1095,20 +1111,20 @@ def prepare_targets(cursor: Any, config: Config) -> None:
         alter = f"ALTER TABLE {quoted(table.name)}"
         for column in (*table.columns, *META_COLUMNS) if existing else ():
             has = existing.pop(column.name, None)
-            where = f"{table.name}: the column {column.name}"
             if has is None and not column.not_null:
                 changes.append(f"{alter} ADD COLUMN {column.sql}")
-            elif has is None:
-                faults.append(f"{where} is missing: {alter} ADD COLUMN {column.sql} DEFAULT …")
-            elif has.kind == column.kind == "varchar":
+            elif has and has.kind == column.kind == "varchar":
                 if has.arguments < column.arguments:
                     name = quoted(column.name)
                     changes.append(f"{alter} ALTER COLUMN {name} TYPE {column.type}")
-            elif has.type != column.type:
-                fix = (
-                    f"{alter} RENAME COLUMN {quoted(column.name)} TO {quoted(column.name + '_old')}"
+            elif has is None or has.type != column.type:
+                there = has.type if has else "missing"
+                fix = f"{alter} RENAME TO {quoted(table.name.partition('.')[2] + '_old')}"
+                faults.append(
+                    f"{table.name}: the column {column.name} is {there} in the table and "
+                    f"{column.sql.partition(' ')[2]} in the configuration. The next run makes a "
+                    f"new table after: {fix}"
                 )
-                faults.append(f"{where} is {has.type} there and {column.type} here: {fix}")
         if not rows:
             changes.append(create_sql(table))
         elif existing:
@@ -1147,20 +1163,23 @@ def copy(cursor: Any, run: Run, parts: PartWriter, region: str) -> None:
     _refuse_doubles(table, [dict(zip(table.key, row, strict=True)) for row in doubles])
 
 
+def is_loaded(cursor: Any, run: Run) -> bool:
+    """Takes the loaders' turn, and tells whether the run is in the tables already."""
+    audit = audit_table(run.config)
+    if audit:
+        # First of all in the transaction, because the snapshot is taken after it.
+        execute(cursor, f"LOCK {quoted(audit.name)}")
+    witness = quoted(audit.name if audit else run.config.tables[0].name)
+    sql = f'SELECT count(*) FROM {witness} WHERE "_run_id" = {literal(run.id)}'
+    return bool(execute(cursor, sql).fetchone()[0])
+
+
 def swap(cursor: Any, run: Run, staged: list[PartWriter], sha256: str) -> None:
     """Puts the staged rows of all tables in place, and a row for each into the audit table.
 
     All in one transaction: a reader sees the rows of before or those of this run, everywhere.
     """
     audit = audit_table(run.config)
-    if audit:
-        # The loaders' turnstile. First of all, because the snapshot is taken after it.
-        execute(cursor, f"LOCK {quoted(audit.name)}")
-    witness = quoted(audit.name if audit else staged[0].table.name)
-    of_this_run = f'SELECT count(*) FROM {witness} WHERE "_run_id" = {literal(run.id)}'
-    if execute(cursor, of_this_run).fetchone()[0]:
-        log.info("load: the run is in the tables already: only the answer to its commit was lost")
-        return
     before = {}
     for parts in staged:
         name = parts.table.name
@@ -1172,8 +1191,8 @@ def swap(cursor: Any, run: Run, staged: list[PartWriter], sha256: str) -> None:
             execute(cursor, sql)
         if audit:
             row = audit_row(run, parts, before[parts.table.name], sha256)
-            places = ", ".join(["%s"] * len(row))
-            sql = f"INSERT INTO {quoted(audit.name)} ({quoted(*row)}) VALUES ({places})"
+            names, places = quoted(*row, "_loaded_at"), ", ".join(["%s"] * len(row))
+            sql = f"INSERT INTO {quoted(audit.name)} ({names}) VALUES ({places}, SYSDATE)"
             execute(cursor, sql, *row.values())
     execute(cursor, "COMMIT")
 
@@ -1220,7 +1239,6 @@ def audit_row(run: Run, parts: PartWriter, before: int, sha256: str) -> dict[str
         "rows_loaded": parts.rows,
         "started_at": run.started,
         "_run_id": run.id,
-        "_loaded_at": datetime.now(UTC),
     }
 
 
