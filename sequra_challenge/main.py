@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import gzip
 import hashlib
 import io
@@ -372,7 +373,7 @@ def download(url: str, target: Path) -> None:
             wait: float | None = None
             try:
                 with session.get(url, stream=True, timeout=HTTP_TIMEOUT) as response:
-                    with contextlib.suppress(urllib3.exceptions.InvalidHeader):
+                    with contextlib.suppress(urllib3.exceptions.InvalidHeader, ValueError):
                         wait = urllib3.Retry(retry_after_max=300).get_retry_after(response.raw)
                     response.raise_for_status()
                     with target.open("wb") as file:
@@ -681,13 +682,13 @@ _dump_super = json.JSONEncoder(
 def _super(value: Any) -> str:
     try:
         text = _dump_super(value)
+        _check_text(text, 16 << 20)
+        if len(text) > 65_535 // 4 or "\\u0000" in text:
+            for inner in _texts_in(value):
+                _check_text(inner, 65_535)
+        return text
     except (ValueError, RecursionError) as error:  # NaN, Infinity; nested too deeply
         raise Unfit(f"is not JSON that super holds: {error}") from None
-    _check_text(text, 16 << 20)
-    if len(text) > 65_535 // 4 or "\\u0000" in text:
-        for inner in _texts_in(value):
-            _check_text(inner, 65_535)
-    return text
 
 
 def _texts_in(value: Any) -> Iterator[str]:
@@ -1067,14 +1068,15 @@ def load(run: Run, staged: list[PartWriter], region: str, sha256: str) -> None:
                         copy(cursor, run, parts, region)
                 connection.autocommit = False
                 if is_loaded(cursor, run):
-                    log.info("load: had succeeded, only the answer to the commit got lost")
+                    log.info("load: done already, only the answer to its commit was lost")
                     return
                 if tries_left:
                     swap(cursor, run, staged, sha256)
                     return
         except TransientError as error:
             failure = error
-            log.warning("load: %s", error)
+            if tries_left > 1:
+                log.warning("load: %s, trying again", error)
     raise failure
 
 
@@ -1268,9 +1270,9 @@ def copy_error(cursor: Any) -> str | None:
 def run_pipeline(config: Config, dry_run: bool = False, allow_shrink: bool = False) -> None:
     """Runs the pipeline once. Raises PipelineError; then no target has changed."""
     run = Run(config, Path(tempfile.mkdtemp(prefix="sequra-")), allow_shrink)
-    log.info("run %s: %s", run.id, public_url(config.url))
     keep_folder = False
     try:
+        log.info("run %s: %s", run.id, public_url(config.url))
         with timed("extract") as figures:
             body = extract(config.url, run.folder)
             figures["bytes"] = body.stat().st_size
@@ -1306,7 +1308,9 @@ def timed(step: str) -> Iterator[dict[str, Any]]:
     try:
         yield figures
     except (PipelineError, OSError, botocore.exceptions.BotoCoreError) as error:
-        raise PipelineError(f"{step}: {error}") from None
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        where = f" in {tempfile.gettempdir()}" if full else ""
+        raise PipelineError(f"{step}: {error}{where}") from None
     figures["seconds"] = f"{time.perf_counter() - start:.2f}"
     log.info("%s: %s", step, ", ".join(f"{name} {value}" for name, value in figures.items()))
 
@@ -1344,11 +1348,13 @@ def main(arguments: list[str] | None = None) -> int:
     log.addHandler(handler)
     log.propagate = False  # and nothing else is shown: urllib3 warns with whole URLs
     log.setLevel(logging.DEBUG if options.verbose else logging.INFO)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
+    # Nothing has been begun that has to be undone; and an import can lose an exception.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         config = load_config(options.config)
         import_packages()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, stop)
         config = replace(config, url=options.source or config.url)
         run_pipeline(config, options.dry_run, options.allow_shrink)
     except ConfigError as error:

@@ -1,0 +1,1173 @@
+"""Faults: what is left when the source, S3, Redshift, the disk or a signal stops a run.
+
+Every fault is a real one, in a real server or in the program's own process. After each of them
+``World.check`` looks at everything that must hold: the tables, the audit rows, the sessions, the
+temporary files, the exit status and the message.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import http.client
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, Self
+from urllib.parse import urlsplit
+
+import psycopg
+import pytest
+import yaml
+
+from redshift import DropConnection
+from sandbox import BUCKET, DATABASE, PASSWORD, ROOT, SAMPLE, SECRET, USER, Sandbox, answer
+
+CONFIG = ROOT / "conf" / "pipeline.yaml"
+LAUNCHES, CORES, AUDIT = "public.launches", "public.launch_cores", "public.etl_runs"
+ROWS = {LAUNCHES: 30, CORES: 38}  # of the sample
+LOG_LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ (INFO|WARNING|ERROR)\s+(\S.*)")
+KILLED = -signal.SIGKILL
+TRIES = 4  # LOAD_TRIES of the program
+
+Row = dict[str, Any]
+Tables = dict[str, list[Row]]
+Answer = Callable[[BaseHTTPRequestHandler], None]
+
+
+# --- the world, and what must hold in it ---------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Done:
+    """A run that has ended."""
+
+    status: int
+    stdout: str
+    stderr: str
+    seconds: float
+
+    @property
+    def error(self) -> str:
+        """The message it ended with."""
+        return "\n".join(text for level, text in self.logged() if level == "ERROR")
+
+    @property
+    def warnings(self) -> list[str]:
+        return [text for level, text in self.logged() if level == "WARNING"]
+
+    def logged(self) -> list[tuple[str, str]]:
+        """Level and text of what was logged. Nothing else may be there, such as a traceback."""
+        entries: list[tuple[str, str]] = []
+        for line in self.stderr.splitlines():
+            if match := LOG_LINE.fullmatch(line):
+                entries.append((match[1], match[2]))
+            else:
+                assert line.startswith("  "), f"not a line of the log: {self.stderr}"
+                entries[-1] = (entries[-1][0], entries[-1][1] + "\n" + line)
+        return entries
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a normal run into existing tables does."""
+
+    content: Tables  # its rows, without what each run writes anew
+    statements: list[str]
+    seconds: float
+
+    @property
+    def points(self) -> list[tuple[str, int]]:
+        """Before and after each statement."""
+        return [(when, n) for n in range(len(self.statements)) for when in ("before", "after")]
+
+
+class World:
+    """The sandbox, with the rows of an earlier run in the tables."""
+
+    def __init__(self, sandbox: Sandbox, folder: Path) -> None:
+        self.sandbox, self.folder = sandbox, folder
+        self.temporary = folder / "tmp"
+        self.temporary.mkdir()
+        self.measured = Measured({}, [], 0)
+
+    def tables(self) -> Tables:
+        """All rows of the three tables; a table that does not exist is as good as an empty one."""
+        with self.sandbox.redshift.connect() as connection, connection.transaction():
+            return {
+                name: [
+                    row
+                    for (row,) in connection.execute(
+                        f"SELECT to_jsonb(t) FROM {name} AS t ORDER BY to_jsonb(t)::text".encode()
+                    )
+                ]
+                if connection.execute("SELECT to_regclass(%s)", [name]).fetchone() != (None,)
+                else []
+                for name in (LAUNCHES, CORES, AUDIT)
+            }
+
+    def config(self, section: str = "redshift", **settings: Any) -> tuple[str, Path]:
+        """The argument for the shipped configuration with other settings."""
+        document = yaml.safe_load(CONFIG.read_text())
+        document[section] |= settings
+        path = self.folder / "pipeline.yaml"
+        path.write_text(yaml.safe_dump(document, sort_keys=False))
+        return "--config", path
+
+    def secret(self, **changes: Any) -> None:
+        """Changes the secret; None removes a value."""
+        values = self.sandbox.secret() | changes
+        text = json.dumps({name: value for name, value in values.items() if value is not None})
+        self.sandbox.secrets.put_secret_value(SecretId=SECRET, SecretString=text)
+
+    def start(
+        self, *arguments: str | Path, wrapper: tuple[str, ...] = (), **environment: str | None
+    ) -> subprocess.Popen[str]:
+        """Starts a run, and remembers what the tables held before it."""
+        self.before, self.begun = self.tables(), time.monotonic()
+        return subprocess.Popen(
+            [*wrapper, *self.sandbox.command(*arguments)],
+            env=self.sandbox.child_environment(**{"TMPDIR": str(self.temporary)} | environment),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+        )
+
+    def finish(self, process: subprocess.Popen[str], timeout: float = 60) -> Done:
+        try:
+            stdout, stderr = process.communicate(timeout=timeout)
+        finally:
+            process.kill()
+        return Done(process.returncode, stdout, stderr, time.monotonic() - self.begun)
+
+    def run(self, *arguments: str | Path, **options: Any) -> Done:
+        return self.finish(self.start(*arguments, **options))
+
+    def check(self, done: Done, state: str, status: int = 0, *says: str, audit: bool = True) -> str:
+        """Checks all that must hold after a run, and returns the state: "old" or "new".
+
+        ``state`` may be "either"; ``says`` are patterns that the message must have.
+        """
+        assert done.status == status, done.stderr
+        assert done.stdout == ""
+        assert done.error.count("\n") < 3, done.stderr
+        assert bool(done.error) == (status > 0), done.stderr
+        assert "Traceback" not in done.stderr
+        for secret in (PASSWORD, self.sandbox.environment["AWS_SECRET_ACCESS_KEY"]):
+            assert secret not in done.stderr
+        for pattern in says:
+            assert re.search(pattern, done.error), f"{pattern} is not in: {done.error}"
+        leftovers = list(self.temporary.iterdir())
+        if status == KILLED:
+            for leftover in leftovers:
+                shutil.rmtree(leftover)
+        else:
+            assert not leftovers
+        self.sessions_ended()
+        temporary = "SELECT relname FROM pg_class WHERE relnamespace::regnamespace::text ~ 'temp_'"
+        assert self.sandbox.query(temporary) == []
+        now = self.tables()
+        if state == "either":
+            state = "old" if now == self.before else "new"
+        if state == "old":
+            assert now == self.before
+        else:
+            self.check_new(now, audit)
+        return state
+
+    def check_new(self, now: Tables, audit: bool) -> None:
+        """The sample is in both tables with one new run id, which the audit table has once each."""
+        (run_id,) = {row["_run_id"] for name in ROWS for row in now[name]}
+        assert run_id not in {row["_run_id"] for rows in self.before.values() for row in rows}
+        assert without_meta({name: now[name] for name in ROWS}) == self.measured.content
+        added = [row for row in now[AUDIT] if row not in self.before[AUDIT]]
+        assert len(now[AUDIT]) == len(self.before[AUDIT]) + len(added)
+        rows = sorted((row["table_name"], row["_run_id"], row["rows_loaded"]) for row in added)
+        assert rows == [(name, run_id, ROWS[name]) for name in sorted(ROWS)] * audit
+
+    def sessions_ended(self) -> None:
+        """Waits until the server is rid of the program's sessions."""
+        sessions = f"SELECT pid FROM pg_stat_activity WHERE usename = '{USER}'"
+        deadline = time.monotonic() + 10
+        while self.sandbox.redshift.sessions or self.sandbox.query(sessions):
+            assert time.monotonic() < deadline, "a session of the program is still there"
+            time.sleep(0.01)
+
+    def works(self) -> None:
+        """A normal run does its work."""
+        self.sandbox.redshift.hook = None
+        self.secret()
+        self.check(self.run(), "new")
+
+
+def without_meta(tables: Tables) -> Tables:
+    """The rows without what differs from run to run."""
+    return {
+        table: [{name: row[name] for name in row if name[0] != "_"} for row in rows]
+        for table, rows in tables.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def measured(
+    running_sandbox: Sandbox, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Measured]:
+    """Loads all but one launch, keeps a copy of these tables, and measures a second, whole run."""
+    running_sandbox.reset()
+    world = World(running_sandbox, tmp_path_factory.mktemp("measured"))
+    running_sandbox.source.body = json.dumps(json.loads(SAMPLE.read_bytes())[:-1]).encode()
+    assert world.run().status == 0
+    with running_sandbox.redshift.connect() as connection:
+        connection.execute("CREATE SCHEMA earlier")
+        for name in (LAUNCHES, CORES, AUDIT):
+            copy_table(connection, name, name.replace("public", "earlier"))
+    running_sandbox.source.body = SAMPLE.read_bytes()
+    running_sandbox.redshift.statements.clear()
+    done = world.run()
+    assert done.status == 0, done.stderr
+    now = world.tables()
+    assert {name: len(now[name]) for name in ROWS} == ROWS
+    statements = list(running_sandbox.redshift.statements)
+    assert statements[-1] == "COMMIT"
+    yield Measured(
+        without_meta({name: now[name] for name in ROWS}),
+        statements,
+        done.seconds,
+    )
+    with running_sandbox.redshift.connect() as connection:
+        connection.execute("DROP SCHEMA earlier CASCADE")
+
+
+def copy_table(connection: psycopg.Connection[Any], name: str, copy: str) -> None:
+    connection.execute(
+        f"CREATE TABLE {copy} (LIKE {name} INCLUDING ALL); INSERT INTO {copy} TABLE {name};"
+        f"ALTER TABLE {copy} OWNER TO {USER}".encode()
+    )
+
+
+@pytest.fixture
+def empty_world(measured: Measured, sandbox: Sandbox, tmp_path: Path) -> World:
+    """The world before the first run: no tables."""
+    world = World(sandbox, tmp_path)
+    world.measured = measured
+    return world
+
+
+@pytest.fixture
+def world(empty_world: World) -> World:
+    """The world after an earlier run, whose source had a launch less."""
+    with empty_world.sandbox.redshift.connect() as connection:
+        for name in (LAUNCHES, CORES, AUDIT):
+            copy_table(connection, name.replace("public", "earlier"), name)
+    assert [len(rows) for rows in empty_world.tables().values()] == [29, 35, 2]
+    return empty_world
+
+
+# --- the source ----------------------------------------------------------------------------------
+
+
+def failing(status: int, **headers: str) -> Answer:
+    return lambda handler: answer(handler, status, b"", **headers)
+
+
+def cut_off(connection: socket.socket) -> None:
+    """Resets a TCP connection."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    os.close(connection.detach())
+
+
+def begin(handler: BaseHTTPRequestHandler, **headers: str) -> bytes:
+    """Sends the beginning of a good answer and returns the body that should follow."""
+    handler.protocol_version = "HTTP/1.1"
+    handler.close_connection = True
+    handler.send_response(200)
+    for name, value in headers.items():
+        handler.send_header(name.replace("_", "-"), value)
+    handler.end_headers()
+    return SAMPLE.read_bytes()
+
+
+def dripping(handler: BaseHTTPRequestHandler) -> None:
+    body = begin(handler, Content_Length=str(SAMPLE.stat().st_size))
+    for start in range(0, len(body), 8192):
+        handler.wfile.write(body[start : start + 8192])
+        time.sleep(0.1)
+
+
+def half_of_a_length(handler: BaseHTTPRequestHandler) -> None:
+    handler.wfile.write(begin(handler, Content_Length=str(SAMPLE.stat().st_size))[:30_000])
+
+
+def half_of_the_chunks(handler: BaseHTTPRequestHandler) -> None:
+    body = begin(handler, Transfer_Encoding="chunked")
+    handler.wfile.write(b"4000\r\n%b\r\n" % body[:0x4000] + b"4000\r\n" + body[0x4000:0x5000])
+
+
+def chunks_without_an_end(handler: BaseHTTPRequestHandler) -> None:
+    body = begin(handler, Transfer_Encoding="chunked")
+    handler.wfile.write(b"%x\r\n%b\r\n" % (len(body), body))
+
+
+def reset_in_the_middle(handler: BaseHTTPRequestHandler) -> None:
+    handler.wfile.write(begin(handler, Content_Length=str(SAMPLE.stat().st_size))[:30_000])
+    time.sleep(0.1)  # the reset throws away what the client has not read yet
+    cut_off(handler.connection)
+
+
+def reset_at_once(handler: BaseHTTPRequestHandler) -> None:
+    handler.close_connection = True
+    cut_off(handler.connection)
+
+
+def test_source_drips(world: World) -> None:
+    world.sandbox.source.answers = [dripping]
+    done = world.run()
+    world.check(done, "new")
+    assert done.warnings == []
+    assert done.seconds > 0.8
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        half_of_a_length,
+        half_of_the_chunks,
+        chunks_without_an_end,
+        reset_in_the_middle,
+        reset_at_once,
+    ],
+)
+def test_source_breaks_off_once(world: World, fault: Answer) -> None:
+    world.sandbox.source.answers = [fault]
+    done = world.run()
+    world.check(done, "new")
+    assert len(world.sandbox.source.requests) == 2
+    assert len(done.warnings) == 1
+    assert 1 < done.seconds < world.measured.seconds + 4  # waits one or two seconds
+
+
+def test_source_fails_twice(world: World) -> None:
+    world.sandbox.source.answers = [failing(503), failing(502)]
+    done = world.run()
+    world.check(done, "new")
+    assert [text.partition(",")[0] for text in done.warnings] == [
+        "extract: HTTP 503 Service Unavailable",
+        "extract: HTTP 502 Bad Gateway",
+    ]
+    waits = [float(text.split()[-2]) for text in done.warnings]
+    assert 1 <= waits[0] <= 2 <= waits[1] <= 4
+
+
+def test_source_fails_for_good(world: World) -> None:
+    soon = {"Retry_After": "0"}
+    faults = [failing(status, **soon) for status in (429, 500, 502, 503, 504, 503)]
+    world.sandbox.source.answers = [*faults, failing(500)]
+    url = world.sandbox.source.url
+    secret_url = url.replace("://", "://user:p4ss@") + "?token=t0ken"
+    done = world.run("--source", secret_url)
+    world.check(done, "old", 1, re.escape(f"extract: GET {url}: HTTP 503 "), "attempt 6$")
+    assert len(world.sandbox.source.requests) == 6
+    assert "p4ss" not in done.stderr
+    assert "t0ken" not in done.stderr
+    world.sandbox.source.answers, world.sandbox.source.requests = [failing(404)], []
+    world.check(world.run(), "old", 1, "HTTP 404 Not Found, attempt 1$")
+    assert len(world.sandbox.source.requests) == 1
+    world.works()
+
+
+def test_source_asks_to_wait(world: World) -> None:
+    def until(handler: BaseHTTPRequestHandler) -> None:
+        moment = datetime.now(UTC) + timedelta(seconds=2.5)
+        answer(handler, 429, Retry_After=format_datetime(moment, usegmt=True))
+
+    past = format_datetime(datetime(2006, 3, 24, tzinfo=UTC), usegmt=True)
+    world.sandbox.source.answers = [
+        failing(429, Retry_After="1"),
+        until,
+        failing(503, Retry_After=past),
+    ]
+    done = world.run()
+    world.check(done, "new")
+    waits = [float(text.split()[-2]) for text in done.warnings]
+    assert waits[0] == 1
+    assert 1 <= waits[1] <= 2.5
+    assert waits[2] == 0
+
+
+@pytest.mark.parametrize("host", ["launches..example.com", "[::1"])
+def test_source_has_a_malformed_host(world: World, host: str) -> None:
+    done = world.run("--source", f"https://user:p4ss@{host}/v5?token=t0ken")
+    assert "p4ss" not in done.stderr
+    assert "t0ken" not in done.stderr
+    world.check(done, "old", 1, "^(extract: GET|the source is not a URL)")
+
+
+@pytest.mark.parametrize(
+    "malformed",
+    [
+        "soon",
+        "-1",
+        "Fri, 31 Dec 99999 23:59:59 GMT",
+    ],
+)
+def test_source_asks_for_nonsense(world: World, malformed: str) -> None:
+    world.sandbox.source.answers = [failing(503, Retry_After=malformed)]
+    done = world.run()
+    world.check(done, "new")
+    assert 1 <= float(done.warnings[0].split()[-2]) <= 2
+
+
+# --- AWS -----------------------------------------------------------------------------------------
+
+
+class FlakyProxy:
+    """An HTTP server in front of the sandbox's AWS.
+
+    ``faults`` are answered first, one to each request with ``method``; None and what comes after
+    the faults is passed on.
+    """
+
+    def __init__(self, target: str, *faults: Answer | None, method: str = "PUT") -> None:
+        self.faults = list(faults)
+        address = urlsplit(target).netloc
+        proxy = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def handle_request(self) -> None:
+                self.length = int(self.headers.get("Content-Length", 0))
+                fault = proxy.faults.pop(0) if proxy.faults and self.command == method else None
+                if fault:
+                    fault(self)
+                else:
+                    self.forward()
+
+            def forward(self) -> None:
+                body = self.body()
+                connection = http.client.HTTPConnection(address, timeout=30)
+                headers = {
+                    name: value
+                    for name, value in self.headers.items()
+                    if name.lower() not in ("transfer-encoding", "content-length", "expect")
+                }
+                connection.request(self.command, self.path, body, headers)
+                response = connection.getresponse()
+                text = response.read()
+                self.send_response(response.status)
+                for name, value in response.getheaders():
+                    if name.lower() not in ("transfer-encoding", "connection", "content-length"):
+                        self.send_header(name, value)
+                length = response.headers["Content-Length"] if self.command == "HEAD" else len(text)
+                self.send_header("Content-Length", str(length or 0))
+                self.end_headers()
+                self.wfile.write(text)
+                connection.close()
+
+            do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = handle_request
+
+            def body(self) -> bytes:
+                if self.headers.get("Transfer-Encoding", "") != "chunked":
+                    return self.rfile.read(self.length)
+                pieces = []
+                while size := int(self.rfile.readline(), 16):
+                    pieces.append(self.rfile.read(size))
+                    self.rfile.readline()
+                while self.rfile.readline().strip():
+                    pass
+                return b"".join(pieces)
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def refusing(status: int, code: str) -> Answer:
+    """An error as S3 answers it."""
+
+    def respond(handler: Any) -> None:
+        handler.body()
+        xml = f"<Error><Code>{code}</Code><Message>Sorry</Message></Error>"
+        answer(handler, status, xml.encode(), Content_Type="application/xml")
+
+    return respond
+
+
+def reset_upload(handler: Any) -> None:
+    handler.rfile.read(1024)
+    handler.close_connection = True
+    cut_off(handler.connection)
+
+
+SLOW_DOWN, INTERNAL_ERROR = refusing(503, "SlowDown"), refusing(500, "InternalError")
+
+
+@pytest.mark.parametrize(
+    "faults", [(SLOW_DOWN, INTERNAL_ERROR), (reset_upload, reset_upload)], ids=["5xx", "reset"]
+)
+def test_s3_recovers(world: World, faults: tuple[Answer, ...]) -> None:
+    with FlakyProxy(world.sandbox.aws, *faults) as proxy:
+        world.check(world.run(AWS_ENDPOINT_URL=proxy.url), "new")
+        assert proxy.faults == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        (SLOW_DOWN, r"\(SlowDown\) when calling the PutObject operation"),
+        (reset_upload, "Connection"),
+    ],
+    ids=["5xx", "reset"],
+)
+def test_s3_fails_for_good(world: World, fault: Answer, says: str) -> None:
+    with FlakyProxy(world.sandbox.aws, *[fault] * 3) as proxy:
+        done = world.run(AWS_ENDPOINT_URL=proxy.url)
+    world.check(done, "old", 1, rf"cannot write s3://{BUCKET}/spacex/raw/.* as arn:aws:", says)
+    world.works()
+
+
+@pytest.mark.parametrize("allowed", [0, 2, 4], ids=["raw", "manifest", "second table"])
+def test_s3_denies(world: World, allowed: int) -> None:
+    with FlakyProxy(world.sandbox.aws, *[None] * allowed, refusing(403, "AccessDenied")) as proxy:
+        done = world.run(AWS_ENDPOINT_URL=proxy.url)
+    identity = "arn:aws:sts::123456789012:user/moto"
+    url = rf"s3://{BUCKET}/spacex/\S+"
+    says = rf"stage: cannot write {url} as {identity}: .*\(AccessDenied\) .* PutObject operation"
+    world.check(done, "old", 1, says)
+    assert len(world.sandbox.objects()) == allowed
+
+
+def test_bucket_is_missing(world: World) -> None:
+    done = world.run(*world.config("staging", bucket="no-such-bucket"))
+    world.check(done, "old", 1, "cannot write s3://no-such-bucket/.* as arn:aws:.*NoSuchBucket")
+    world.works()
+
+
+@pytest.mark.parametrize("gone", ["launch_cores.0001.csv.gz", "launches/.*manifest.json"])
+def test_staged_file_vanishes(world: World, gone: str) -> None:
+    sandbox = world.sandbox
+
+    def delete(when: str, sql: str) -> None:
+        if when == "before" and sql.startswith("COPY"):
+            for key in sandbox.objects():
+                if re.search(gone, key):
+                    sandbox.s3.delete_object(Bucket=BUCKET, Key=key)
+
+    sandbox.redshift.hook = delete
+    world.check(world.run(), "old", 1, r"load: COPY for public\.launch\w+: ")
+    world.works()
+
+
+def test_secrets_manager(world: World) -> None:
+    with FlakyProxy(world.sandbox.aws, *[refusing(500, "InternalError")] * 2, method="POST") as aws:
+        world.check(world.run(AWS_ENDPOINT_URL=aws.url), "new")
+        assert aws.faults == []
+    done = world.run(*world.config(secret="no/such/secret"))
+    says = "cannot read the secret no/such/secret as arn:aws:.*ResourceNotFoundException"
+    world.check(done, "old", 1, says)
+
+
+# --- the connection to Redshift ------------------------------------------------------------------
+
+
+class Forwarder:
+    """A TCP port in front of another, closed until ``open``.
+
+    The n-th connection is cut after ``cuts[n]`` bytes from the server, further ones never.
+    """
+
+    def __init__(self, port: int, *cuts: int) -> None:
+        self.target, self.cuts = port, list(cuts)
+        self.accepted = threading.Event()
+        self.socket = socket.socket()
+        self.socket.bind(("127.0.0.1", 0))  # refuses connections: nobody listens yet
+        self.port = self.socket.getsockname()[1]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
+        self.socket.close()
+
+    def open(self) -> Self:
+        self.socket.listen()
+        threading.Thread(target=self.accept, daemon=True).start()
+        return self
+
+    def accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self.socket.accept()
+                cut = self.cuts.pop(0) if self.cuts else 1 << 60
+                server = socket.create_connection(("127.0.0.1", self.target))
+                for arguments in ((client, server, 1 << 60), (server, client, cut)):
+                    threading.Thread(target=self.relay, args=arguments, daemon=True).start()
+                self.accepted.set()
+
+    @staticmethod
+    def relay(source: socket.socket, target: socket.socket, left: int) -> None:
+        with contextlib.suppress(OSError):
+            while left and (data := source.recv(min(left, 1 << 16))):
+                target.sendall(data)
+                left -= len(data)
+        for each in (source, target):
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+
+
+def test_redshift_comes_late(world: World) -> None:
+    with Forwarder(world.sandbox.redshift.port) as port:
+        world.secret(PORT=port.port)
+
+        def open_soon(handler: Any) -> None:
+            handler.forward()  # the secret
+            threading.Timer(0.8, port.open).start()
+
+        with FlakyProxy(world.sandbox.aws, open_soon, method="POST") as aws:
+            done = world.run(*world.config(connect_seconds=20), AWS_ENDPOINT_URL=aws.url)
+    world.check(done, "new")
+    assert done.warnings
+    assert all("Connection refused, trying again in" in text for text in done.warnings)
+
+
+@pytest.mark.parametrize(
+    ("host", "says"),
+    [("localhost", "Connection refused"), ("nowhere.invalid", "not known|resolution")],
+)
+def test_redshift_never_comes(world: World, host: str, says: str) -> None:
+    with Forwarder(world.sandbox.redshift.port) as port:
+        world.secret(HOST=host, PORT=port.port)
+        done = world.run(*world.config(connect_seconds=2))
+    where = f"load: cannot connect to Redshift at {host}:{port.port}, database {DATABASE}: "
+    world.check(done, "old", 1, where, says)
+    assert len(done.warnings) == 1
+    assert done.seconds < world.measured.seconds + 4
+    world.works()
+
+
+# Bytes from the server: 1 is its yes to TLS, some 840 the handshake, 1,400 and more the log-in,
+# 3,000 the answers to the first statements.
+@pytest.mark.parametrize("cuts", [(0, 1), (500, 1000), (1500, 3000), (3500, 4000, 4500)])
+def test_connection_breaks_within_an_answer(world: World, cuts: tuple[int, ...]) -> None:
+    with Forwarder(world.sandbox.redshift.port, *cuts).open() as port:
+        world.secret(PORT=port.port)
+        done = world.run()
+        assert port.cuts == []
+    world.check(done, "new")
+    assert len(done.warnings) == len(cuts)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"PASSWORD": "Wr0ng-Passw0rd"}, f'password authentication failed for user "{USER}"'),
+        ({"DATABASE": "nowhere"}, 'database "nowhere" does not exist'),
+        ({"HOST": "127.0.0.1"}, "certificate verify failed: IP address mismatch"),
+    ],
+)
+def test_wrong_credentials(world: World, changes: dict[str, Any], says: str) -> None:
+    world.secret(**changes)
+    done = world.run()
+    values = world.sandbox.secret() | changes
+    where = "load: cannot connect to Redshift at {HOST}:{PORT}, database {DATABASE}: "
+    world.check(done, "old", 1, where.format(**values), says)
+    assert done.warnings == []
+    assert done.seconds < 5
+    assert "Wr0ng" not in done.stderr
+
+
+def test_certificate_of_a_stranger(world: World) -> None:
+    done = world.run(SSL_CERT_FILE=None)
+    world.check(done, "old", 1, "cannot connect to Redshift at .*certificate verify failed")
+    assert done.warnings == []
+    world.works()
+
+
+SECRETS = {
+    "text": ("S3cret-text", "is not a JSON object"),
+    "list": ('["S3cret-text"]', "is not a JSON object"),
+    "empty": ("{}", "lacks HOST, PORT, DATABASE, USER, PASSWORD"),
+    "lacking": ({"USER": None, "PASSWORD": ""}, "lacks USER, PASSWORD"),
+    "port": ({"PORT": "S3cret-text"}, "has a PORT that is no number up to 65535"),
+}
+
+
+@pytest.mark.parametrize("case", SECRETS)
+def test_malformed_secret(world: World, case: str) -> None:
+    value, says = SECRETS[case]
+    if isinstance(value, dict):
+        world.secret(**value)
+    else:
+        world.sandbox.secrets.put_secret_value(SecretId=SECRET, SecretString=value)
+    done = world.run()
+    world.check(done, "old", 1, f"^load: the secret {SECRET} {says}$")
+    assert "S3cret-text" not in done.stderr
+    assert done.warnings == []
+
+
+def test_host_that_is_no_name(world: World) -> None:
+    world.secret(HOST="cluster..eu-west-1.redshift.amazonaws.com")
+    done = world.run(*world.config(connect_seconds=0))
+    world.check(done, "old", 1, f"the secret {SECRET} .* HOST")
+
+
+def test_port_that_is_none(world: World) -> None:
+    world.secret(PORT=70_000)
+    done = world.run(*world.config(connect_seconds=0))
+    world.check(done, "old", 1, f"the secret {SECRET} .* PORT")
+
+
+# --- the statements ------------------------------------------------------------------------------
+
+
+class Interruptions:
+    """A hook that acts at points of a run: one on each connection, in the order given.
+
+    A point is ("before" or "after", the statement's index on its connection). ``seen`` is what
+    the tables held whenever the program came again.
+    """
+
+    def __init__(
+        self, world: World, points: list[tuple[str, int]], act: Callable[[], None]
+    ) -> None:
+        self.world, self.points, self.act = world, list(points), act
+        self.index, self.connections = -1, 0
+        self.acted = False
+        self.seen: list[Tables] = []
+        world.sandbox.redshift.hook = self
+
+    def __call__(self, when: str, sql: str) -> None:
+        if when == "before":
+            self.index += 1
+            if sql.startswith("SET statement_timeout"):
+                self.index, self.acted = 0, False
+                self.connections += 1
+                if self.connections > 1:
+                    self.seen.append(self.world.tables())
+        if self.points and not self.acted and self.points[0] == (when, self.index):
+            del self.points[0]
+            self.acted = True
+            self.act()
+
+
+def drop() -> None:
+    raise DropConnection
+
+
+PARTS = 4
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_connection_drops_at_each_statement(world: World, part: int) -> None:
+    """Before and after each statement in turn, three of these points a run: one each try."""
+    points = world.measured.points[part::PARTS]
+    assert points
+    for start in range(0, len(points), TRIES - 1):
+        group = points[start : start + TRIES - 1]
+        drops = Interruptions(world, group, drop)
+        done = world.run()
+        world.check(done, "new")
+        assert drops.points == []
+        assert drops.connections == len(group) + 1
+        assert len(done.warnings) == len(group)
+        committed = ("after", len(world.measured.statements) - 1)
+        for point, seen in zip(group, drops.seen, strict=True):
+            assert (seen == world.before) == (point != committed)
+
+
+@pytest.mark.parametrize("audit", [True, False])
+def test_commit_loses_its_answer(world: World, audit: bool) -> None:
+    """The run is in the tables already: it is recognised, and not loaded again."""
+    statements: list[str] = []
+
+    def drop_commit(when: str, sql: str) -> None:
+        statements.append(f"{when} {sql}")
+        if statements.count("after COMMIT") == 1 and sql == "COMMIT":
+            drop()
+
+    world.sandbox.redshift.hook = drop_commit
+    done = world.run(*([] if audit else world.config(audit_table=None)))
+    world.check(done, "new", audit=audit)
+    assert len(done.warnings) == 1
+    assert "only the answer to its commit was lost" in done.stderr
+    assert statements.count("after COMMIT") == 1
+    assert sum(text.startswith("after COPY") for text in statements) == 4
+    assert sum(text.startswith("after DELETE") for text in statements) == 2
+
+
+@pytest.mark.parametrize("index", [0, 5, 13, 18, 22, -1])
+def test_connection_drops_every_time(world: World, index: int) -> None:
+    index %= len(world.measured.statements)
+    drops = Interruptions(world, [("before", index)] * (TRIES + 2), drop)
+    done = world.run()
+    world.check(done, "old", 1, "^load: .*(BrokenPipe|closed|EOF|reset)")
+    assert drops.connections == TRIES + 1  # the last looks whether a commit's answer was lost
+    assert len(done.warnings) == TRIES - 1
+    world.works()
+
+
+def test_commit_loses_its_answer_in_the_last_try(world: World) -> None:
+    last = len(world.measured.statements) - 1
+    Interruptions(world, [("before", last)] * (TRIES - 1) + [("after", last)], drop)
+    world.check(world.run(), "new")
+
+
+def test_connection_drops_while_tables_are_made(empty_world: World) -> None:
+    # A table that was made is not made again, so that the next one's statement is the fifth.
+    for group in ([("before", 4)], [("after", 4)] * 3, [("before", 6), ("after", 4)]):
+        dropped: list[str] = []
+        interrupt_changes(empty_world, group, dropped)
+        empty_world.check(empty_world.run(), "new")
+        assert len(dropped) == len(group)
+        assert all(text.startswith("CREATE TABLE") for text in dropped)
+        empty_world.sandbox.reset()
+
+
+def test_connection_drops_while_tables_are_altered(world: World) -> None:
+    for changes, group in (
+        (f"{LAUNCHES} DROP details, DROP crew", [("before", 4), ("after", 4), ("after", 4)]),
+        (f"{CORES} DROP landpad, ADD landpad varchar(8)", [("before", 4), ("after", 4)]),
+    ):
+        with world.sandbox.redshift.connect() as connection:
+            connection.execute(f"ALTER TABLE {changes}".encode())
+        dropped: list[str] = []
+        interrupt_changes(world, group, dropped)
+        world.check(world.run(), "new")
+        assert len(dropped) == len(group)
+        assert all(text.startswith("ALTER TABLE") for text in dropped)
+
+
+def interrupt_changes(world: World, points: list[tuple[str, int]], dropped: list[str]) -> None:
+    """Drops the connection at these points, and notes the statements."""
+
+    def note_and_drop() -> None:
+        dropped.append(world.sandbox.redshift.statements[-1])
+        drop()
+
+    Interruptions(world, points, note_and_drop)
+
+
+def test_server_ends_the_session(world: World) -> None:
+    """As when a cluster is restarted or an administrator cancels the session."""
+
+    def terminate() -> None:
+        world.sandbox.query(
+            f"SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE usename = '{USER}'"
+        )
+
+    Interruptions(world, [("before", 6), ("before", 18), ("after", 21)], terminate)
+    done = world.run()
+    world.check(done, "new")
+    assert len(done.warnings) == 3
+
+
+INSERT_ONE = f"INSERT INTO {LAUNCHES} SELECT * FROM earlier.launches LIMIT 1"
+
+
+def other_writer(world: World, *statements: str) -> Callable[[str, str], None]:
+    """A hook with which another session writes, and commits, before the program's first DELETE."""
+    written: list[str] = []
+
+    def write(when: str, sql: str) -> None:
+        if when == "before" and sql.startswith("DELETE") and not written:
+            written.append(sql)
+            with world.sandbox.redshift.connect() as connection:
+                connection.execute("BEGIN ISOLATION LEVEL SERIALIZABLE")
+                for statement in statements:
+                    connection.execute(statement.encode())
+                connection.execute("COMMIT")
+
+    return write
+
+
+@pytest.mark.parametrize("audit", [True, False])
+@pytest.mark.parametrize(
+    "statements",
+    [
+        [f"UPDATE {LAUNCHES} SET name = 'other'"],
+        # Nothing that the program deletes: only that both read what the other writes.
+        [f"SELECT count(*) FROM {LAUNCHES}", INSERT_ONE],
+    ],
+    ids=["update", "insert"],
+)
+def test_serializable_isolation_violation(world: World, statements: list[str], audit: bool) -> None:
+    world.sandbox.redshift.hook = other_writer(world, *statements)
+    done = world.run(*([] if audit else world.config(audit_table=None)))
+    world.check(done, "new", audit=audit)
+    (warning,) = done.warnings
+    assert re.search("1023. Serializable isolation violation on table .* trying again", warning)
+
+
+def test_serializable_isolation_violation_every_time(world: World) -> None:
+    tries: list[str] = []
+
+    def write(when: str, sql: str) -> None:
+        if (when, sql.startswith("DELETE")) == ("before", True):
+            tries.append(sql)
+            world.sandbox.redshift.own_connection.execute(f"UPDATE {LAUNCHES} SET id = id")
+
+    world.sandbox.redshift.hook = write
+    says = r"^load: DELETE FROM .*: 1023\. Serializable isolation violation"
+    world.check(world.run(), "old", 1, says)
+    assert len(tries) == TRIES
+    world.works()
+
+
+def test_statement_takes_too_long(world: World) -> None:
+    with world.sandbox.redshift.connect() as other:
+        process = world.start(*world.config(statement_seconds=1))
+        other.execute(f"BEGIN; LOCK {AUDIT} IN ACCESS EXCLUSIVE MODE".encode())
+        done = world.finish(process)
+        other.execute("ROLLBACK")
+    says = r"^load: LOCK .*etl_runs.*: canceling statement due to statement timeout$"
+    world.check(done, "old", 1, says)
+    assert done.warnings == []
+    assert done.seconds < world.measured.seconds + 3
+    world.works()
+
+
+def test_copy_fails_on_a_row(world: World) -> None:
+    """The column is NOT NULL in a table made by hand, while the configuration allows null."""
+    with world.sandbox.redshift.connect() as connection:
+        connection.execute(f"UPDATE {LAUNCHES} SET success = false WHERE success IS NULL")
+        connection.execute(f"ALTER TABLE {LAUNCHES} ALTER COLUMN success SET NOT NULL")
+    done = world.run()
+    where = rf"^load: COPY for {LAUNCHES}: s3://{BUCKET}/(\S+), line (\d+), column success \(bool"
+    world.check(done, "old", 1, where, "Missing data for not-null field")
+    found = re.search(where, done.error)
+    assert found
+    lines = gzip.decompress(world.sandbox.objects()[found[1]]).decode().split("\n")
+    first = next(row for row in json.loads(SAMPLE.read_bytes()) if row["success"] is None)
+    assert lines[int(found[2]) - 1].startswith(f'"{first["id"]}"')
+    with world.sandbox.redshift.connect() as connection:
+        connection.execute(f"ALTER TABLE {LAUNCHES} ALTER COLUMN success DROP NOT NULL")
+    world.works()
+
+
+# --- signals -------------------------------------------------------------------------------------
+
+
+def check_stopped(world: World, done: Done, number: int) -> None:
+    """A signal has ended the run, before its handler was installed or after, or came too late."""
+    statuses = {0, -number} if number == signal.SIGKILL else {0, -number, 128 + number}
+    assert done.status in statuses, done.stderr
+    if done.status == -signal.SIGINT:
+        done = replace(done, stderr="")  # Python's own KeyboardInterrupt
+    if done.status == 128 + number:
+        assert done.error == f"stopped by {signal.Signals(number).name}"
+    world.check(done, "new" if done.status == 0 else "either", done.status)
+
+
+@pytest.mark.parametrize(
+    ("number", "delays"),
+    [
+        (number, delays)
+        for number, count in ((signal.SIGKILL, 20), (signal.SIGTERM, 20), (signal.SIGINT, 5))
+        for delays in (
+            [i / count for i in range(1, count + 1, 2)],
+            [i / count for i in range(2, count + 1, 2)],
+        )
+    ],
+    ids=str,
+)
+def test_signal_at_any_moment(world: World, number: int, delays: list[float]) -> None:
+    for delay in delays:
+        process = world.start()
+        time.sleep(delay * world.measured.seconds)
+        process.send_signal(number)
+        signalled = time.monotonic()
+        done = world.finish(process)
+        assert time.monotonic() - signalled < 5
+        check_stopped(world, done, number)
+    world.works()
+
+
+def signalled_at(world: World, point: tuple[str, int], number: int) -> Done:
+    """A run that gets a signal at a point; the statement's answer is held back until it ended."""
+    ready = threading.Event()
+    ended: list[bool] = []
+    process: subprocess.Popen[str]
+
+    def kill() -> None:
+        ready.wait()
+        process.send_signal(number)
+        deadline = time.monotonic() + 5
+        while process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        ended.append(process.poll() is not None)
+
+    interruptions = Interruptions(world, [point], kill)
+    process = world.start()
+    ready.set()
+    done = world.finish(process)
+    world.sandbox.redshift.hook = None
+    assert interruptions.points == []
+    world.sessions_ended()
+    assert ended == [True]
+    return done
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=str)
+def test_signal_at_each_statement(world: World, number: int, part: int) -> None:
+    """Before the statement is run, and when it was, without its answer."""
+    commit = len(world.measured.statements) - 1
+    # The one signal before a statement, the other after it; at COMMIT each at both.
+    points = [
+        (when, index)
+        for when, index in world.measured.points
+        if index == commit or (index + (when == "after") + (number == signal.SIGKILL)) % 2
+    ]
+    for point in points[part::PARTS]:
+        done = signalled_at(world, point, number)
+        state = "new" if point[1] == commit else "old"  # the server has got the COMMIT already
+        world.check(done, state, KILLED if number == signal.SIGKILL else 128 + number)
+    world.works()
+
+
+def test_signal_while_tables_are_made(empty_world: World) -> None:
+    for number, point in ((signal.SIGTERM, ("after", 4)), (signal.SIGKILL, ("before", 6))):
+        done = signalled_at(empty_world, point, number)
+        status = KILLED if number == signal.SIGKILL else 128 + number
+        empty_world.check(done, "old", status)
+        empty_world.works()
+        empty_world.sandbox.reset()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=str)
+@pytest.mark.parametrize("wait", ["source", "retry", "upload", "connect", "lock"])
+def test_signal_while_the_program_waits(world: World, number: int, wait: str) -> None:
+    waiting, over = threading.Event(), threading.Event()
+
+    def stall(_: Any) -> None:
+        waiting.set()
+        over.wait(20)
+
+    def ask_to_wait(handler: BaseHTTPRequestHandler) -> None:
+        answer(handler, 503, Retry_After="100")
+        waiting.set()
+
+    def see_lock(when: str, sql: str) -> None:
+        if sql.startswith("LOCK"):
+            waiting.set()
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(over.set)
+        endpoint = world.sandbox.aws
+        if wait == "source":
+            world.sandbox.source.answers = [stall]
+        elif wait == "retry":
+            world.sandbox.source.answers = [ask_to_wait]
+        elif wait == "upload":
+            proxy = stack.enter_context(FlakyProxy(world.sandbox.aws, None, stall))
+            endpoint = proxy.url
+        elif wait == "connect":
+            port = stack.enter_context(Forwarder(world.sandbox.redshift.port, *[0] * 9).open())
+            port.accepted = waiting
+            world.secret(PORT=port.port)
+        process = world.start(AWS_ENDPOINT_URL=endpoint)
+        if wait == "lock":
+            world.sandbox.redshift.hook = see_lock
+            other = stack.enter_context(world.sandbox.redshift.connect())
+            other.execute(f"BEGIN; LOCK {AUDIT} IN ACCESS EXCLUSIVE MODE".encode())
+        assert waiting.wait(10)
+        time.sleep(0.2)  # the program comes to wait
+        process.send_signal(number)
+        signalled = time.monotonic()
+        done = world.finish(process)
+        assert time.monotonic() - signalled < 5
+    assert done.status == 128 + number
+    check_stopped(world, done, number)
+    if number == signal.SIGTERM:
+        world.works()
+
+
+# --- the disk ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """Mounts a file system of some kB, where the machine allows it."""
+    mounted: list[Path] = []
+
+    def mount(kilobytes: int) -> Path:
+        folder = tmp_path / f"disk{kilobytes}"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder)]
+        if subprocess.run(command, capture_output=True, check=False).returncode:
+            pytest.skip("this machine does not let the tests mount a file system")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", folder], check=True)
+
+
+# The response has 65 kB, the CSV files of the two tables and the raw response some 13 kB each.
+@pytest.mark.parametrize(("kilobytes", "step"), [(64, "extract"), (72, "transform"), (84, "stage")])
+def test_disk_is_full(
+    world: World, tiny_disk: Callable[[int], Path], kilobytes: int, step: str
+) -> None:
+    world.temporary = tiny_disk(kilobytes)
+    world.check(world.run(), "old", 1, f"^{step}: .*No space left on device")
+    world.temporary = tiny_disk(1024)
+    world.works()
+
+
+@pytest.mark.parametrize(("blocks", "step"), [(16, "extract"), (4, "transform")])
+def test_file_gets_too_large(world: World, blocks: int, step: str) -> None:
+    """A limit for the process, as where no file system can be mounted."""
+    arguments = ("--source", SAMPLE) if step != "extract" else ()
+    limit = ("sh", "-c", f'ulimit -f {blocks}; exec "$@"', "sh")  # of 512 bytes
+    world.check(world.run(*arguments, wrapper=limit), "old", 1, f"^{step}: .*File too large")
+
+
+def test_no_temporary_folder_can_be_written(world: World) -> None:
+    limit = ("sh", "-c", 'ulimit -f 0; exec "$@"', "sh")
+    done = world.run(wrapper=limit, PYTHONDONTWRITEBYTECODE="1")
+    world.check(done, "old", 1, "No usable temporary directory found in ")
+    world.works()
+
+
+def test_temporary_folder_does_not_exist(world: World) -> None:
+    """Python takes another, /tmp, and so does the program."""
+    before = set(Path("/tmp").glob("sequra-*"))
+    world.check(world.run(TMPDIR=str(world.folder / "missing")), "new")
+    assert not set(Path("/tmp").glob("sequra-*")) - before
+
+
+def test_nobody_reads_the_log(world: World) -> None:
+    process = world.start()
+    assert process.stderr
+    process.stderr.close()
+    process.stderr = None
+    # 120 is how Python says that it could not write what is left to its standard streams.
+    assert process.wait(30) in (0, 120)
+    world.check(Done(0, "", "", 0), "new")

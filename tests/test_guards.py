@@ -1,0 +1,671 @@
+"""What the load refuses, what it changes in existing tables, and what it leaves a record of."""
+
+from __future__ import annotations
+
+import copy
+import gzip
+import hashlib
+import json
+import re
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import boto3
+import psycopg
+import pytest
+import yaml
+
+from redshift import DropConnection
+from sandbox import BUCKET, DATABASE, PASSWORD, SAMPLE, USER, Sandbox
+from sequra_challenge import main
+
+LAUNCHES, CORES, AUDIT = "public.launches", "public.launch_cores", "public.etl_runs"
+DOCUMENT: list[dict[str, Any]] = json.loads(SAMPLE.read_bytes())  # 30 launches, 38 cores
+META = {"_run_id", "_loaded_at"}
+
+Settings = dict[str, Any]
+Configure = Callable[[Settings], Path]
+
+
+@pytest.fixture
+def settings() -> Settings:
+    """The shipped configuration, to be changed."""
+    settings: Settings = yaml.safe_load(main.DEFAULT_CONFIG.read_bytes())
+    return settings
+
+
+@pytest.fixture
+def configure(tmp_path: Path) -> Configure:
+    """Writes a configuration and returns its path."""
+
+    def write(settings: Settings) -> Path:
+        path = tmp_path / "pipeline.yaml"
+        path.write_text(yaml.safe_dump(settings, sort_keys=False))
+        return path
+
+    return write
+
+
+def launches(count: int, cores: int | None = None) -> list[dict[str, Any]]:
+    """The sample without some of its launches with one core; with at most so many cores."""
+    single = [launch for launch in DOCUMENT if len(launch["cores"]) == 1]
+    dropped = {launch["id"] for launch in single[: len(DOCUMENT) - count]}
+    kept = copy.deepcopy([launch for launch in DOCUMENT if launch["id"] not in dropped])
+    assert len(kept) == count
+    for launch in kept if cores is not None else ():
+        launch["cores"] = launch["cores"][:cores]
+        cores = (cores or 0) - len(launch["cores"])
+    return kept
+
+
+def serve(sandbox: Sandbox, document: list[dict[str, Any]]) -> None:
+    sandbox.source.body = json.dumps(document).encode()
+
+
+def loaded(sandbox: Sandbox, *arguments: str | Path) -> str:
+    """Runs the program, which must succeed; returns its log."""
+    done = sandbox.run(*arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def refused(sandbox: Sandbox, *arguments: str | Path) -> str:
+    """Runs the program, which must fail and change nothing; returns its log."""
+    before = state(sandbox)
+    done = sandbox.run(*arguments)
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    assert state(sandbox) == before
+    return done.stderr
+
+
+def error(log: str) -> str:
+    """The error in a log, which is its last message, of one line or more."""
+    return log[log.rindex(" ERROR ") :]
+
+
+def state(sandbox: Sandbox) -> dict[str, tuple[list[Any], list[str]]]:
+    """Columns and rows of all tables."""
+    named = sandbox.query("""
+        SELECT table_schema || '.' || table_name AS name,
+               array_agg(row(column_name, data_type, character_maximum_length, is_nullable)::text
+                         ORDER BY ordinal_position) AS columns
+        FROM information_schema.columns WHERE table_schema = 'public' GROUP BY 1 ORDER BY 1""")
+    rows = {it["name"]: sandbox.query(f"SELECT t::text AS r FROM {it['name']} t") for it in named}
+    return {it["name"]: (it["columns"], sorted(r["r"] for r in rows[it["name"]])) for it in named}
+
+
+def count(sandbox: Sandbox, table: str) -> int:
+    (row,) = sandbox.query(f"SELECT count(*) AS rows FROM {table}")
+    return int(row["rows"])
+
+
+def data(sandbox: Sandbox, table: str) -> list[dict[str, Any]]:
+    """The rows of a table, without what the load sets in each."""
+    rows = [
+        {name: value for name, value in row.items() if name not in META}
+        for row in sandbox.query(f"SELECT * FROM {table}")
+    ]
+    return sorted(rows, key=repr)
+
+
+def as_user(sandbox: Sandbox, *statements: str) -> None:
+    """Runs Redshift's SQL as the user that the program also is: tables belong to their maker."""
+    with psycopg.connect(
+        host=sandbox.redshift.host,
+        port=sandbox.redshift.port,
+        dbname=DATABASE,
+        user=USER,
+        password=PASSWORD,
+        sslmode="verify-full",
+        sslrootcert=str(sandbox.redshift.ca),
+        autocommit=True,
+    ) as connection:
+        for statement in statements:
+            connection.execute(statement.encode())
+
+
+def altered(log: str) -> list[str]:
+    """The ALTER TABLEs in a log."""
+    return re.findall(r"INFO    load: (ALTER TABLE .*)", log)
+
+
+def column_type(sandbox: Sandbox, table: str, column: str) -> tuple[str, int | None] | None:
+    schema, _, name = table.partition(".")
+    rows = sandbox.query(f"""
+        SELECT data_type, character_maximum_length FROM information_schema.columns
+        WHERE table_schema = '{schema}' AND table_name = '{name}' AND column_name = '{column}'""")
+    return tuple(rows[0].values()) if rows else None
+
+
+# --- fewer rows than there were ------------------------------------------------------------------
+
+
+def test_no_rows_for_a_child_table(sandbox: Sandbox) -> None:
+    loaded(sandbox)
+    serve(sandbox, launches(30, cores=0))
+    log = refused(sandbox)
+    assert f"{CORES} has 38 rows and would have 0" in error(log)
+    assert "--allow-shrink" in error(log)
+    loaded(sandbox, "--allow-shrink")
+    assert (count(sandbox, LAUNCHES), count(sandbox, CORES)) == (30, 0)
+
+
+def test_no_rows_for_a_child_table_in_the_first_load(sandbox: Sandbox) -> None:
+    serve(sandbox, launches(30, cores=0))
+    done = sandbox.run()
+    assert done.returncode == 1
+    assert f"{CORES} has 0 rows and would have 0" in error(done.stderr)
+    assert "--allow-shrink" in error(done.stderr)
+    assert {table: rows for table, (_, rows) in state(sandbox).items()} == {
+        LAUNCHES: [],
+        CORES: [],
+        AUDIT: [],
+    }
+
+
+def test_far_fewer_rows(sandbox: Sandbox) -> None:
+    loaded(sandbox)
+    serve(sandbox, launches(23))
+    log = refused(sandbox)
+    assert f"{LAUNCHES} has 30 rows and would have 23" in error(log)
+    assert "--allow-shrink" in error(log)
+    serve(sandbox, launches(24))  # 30 * (1 - 0.2)
+    loaded(sandbox)
+    assert count(sandbox, LAUNCHES) == 24
+
+
+def test_far_fewer_rows_are_allowed_for_one_run(sandbox: Sandbox) -> None:
+    loaded(sandbox)
+    serve(sandbox, launches(4, cores=4))
+    refused(sandbox)
+    loaded(sandbox, "--allow-shrink")
+    assert (count(sandbox, LAUNCHES), count(sandbox, CORES)) == (4, 4)
+    serve(sandbox, launches(4, cores=3))
+    refused(sandbox)
+
+
+def test_far_fewer_rows_of_a_child_table_alone(sandbox: Sandbox) -> None:
+    loaded(sandbox)
+    serve(sandbox, launches(30, cores=30))  # 38 * (1 - 0.2) is 30.4
+    assert f"{CORES} has 38 rows and would have 30" in error(refused(sandbox))
+    serve(sandbox, launches(30, cores=31))
+    loaded(sandbox)
+    assert count(sandbox, CORES) == 31
+
+
+def test_message_names_a_number_that_would_be_enough(sandbox: Sandbox) -> None:
+    loaded(sandbox)
+    serve(sandbox, launches(30, cores=30))
+    assert "at least 31 " in error(refused(sandbox))
+
+
+@pytest.mark.parametrize(
+    ("max_shrink", "enough"),
+    [
+        (0.5, 15),
+        (0.1, 27),
+        (0.7, 9),  # 30 * (1 - 0.7) is 9.000000000000002
+    ],
+)
+def test_exactly_at_the_border_of_a_setting(
+    sandbox: Sandbox,
+    settings: Settings,
+    configure: Configure,
+    max_shrink: float,
+    enough: int,
+) -> None:
+    settings["tables"][LAUNCHES]["max_shrink"] = max_shrink
+    settings["tables"][CORES]["max_shrink"] = 1
+    config = configure(settings)
+    loaded(sandbox, "--config", config)
+    serve(sandbox, launches(enough - 1))
+    assert f"has 30 rows and would have {enough - 1}" in error(refused(sandbox, "--config", config))
+    serve(sandbox, launches(enough))
+    loaded(sandbox, "--config", config)
+    assert count(sandbox, LAUNCHES) == enough
+
+
+def test_each_table_has_its_own_limits(
+    sandbox: Sandbox, settings: Settings, configure: Configure
+) -> None:
+    settings["tables"][LAUNCHES]["max_shrink"] = 0
+    settings["tables"][CORES] |= {"min_rows": 0, "max_shrink": 1}
+    config = configure(settings)
+    loaded(sandbox, "--config", config)
+    serve(sandbox, launches(29))
+    assert f"{LAUNCHES} has 30 rows and would have 29" in error(
+        refused(sandbox, "--config", config)
+    )
+    serve(sandbox, launches(30, cores=0))
+    loaded(sandbox, "--config", config)
+    assert (count(sandbox, LAUNCHES), count(sandbox, CORES)) == (30, 0)
+
+
+def test_min_rows(sandbox: Sandbox, settings: Settings, configure: Configure) -> None:
+    settings["tables"][CORES]["min_rows"] = 39
+    done = sandbox.run("--config", configure(settings))
+    assert done.returncode == 1
+    assert f"{CORES} has 0 rows and would have 38" in error(done.stderr)
+    assert re.search(r"\b39\b.*--allow-shrink", error(done.stderr))
+    assert (count(sandbox, LAUNCHES), count(sandbox, CORES)) == (0, 0)
+    settings["tables"][CORES]["min_rows"] = 38
+    loaded(sandbox, "--config", configure(settings))
+    assert (count(sandbox, LAUNCHES), count(sandbox, CORES)) == (30, 38)
+
+
+def test_an_upsert_may_bring_few_rows(
+    sandbox: Sandbox, settings: Settings, configure: Configure
+) -> None:
+    for table in settings["tables"].values():
+        table["mode"] = "upsert"
+    config = configure(settings)
+    loaded(sandbox, "--config", config)
+    few = launches(1 + 4, cores=1)
+    few[0]["name"] = "renamed"
+    serve(sandbox, few)
+    loaded(sandbox, "--config", config)
+    assert (count(sandbox, LAUNCHES), count(sandbox, CORES)) == (30, 38)
+    (row,) = sandbox.query(f"SELECT name FROM {LAUNCHES} WHERE id = '{few[0]['id']}'")
+    assert row["name"] == "renamed"
+    runs = f"SELECT count(*) AS rows FROM {LAUNCHES} GROUP BY _run_id ORDER BY _run_id"
+    assert sandbox.query(runs) == [{"rows": 25}, {"rows": 5}]
+
+
+# --- tables that differ from the configuration ---------------------------------------------------
+
+
+def test_missing_column_is_added(
+    sandbox: Sandbox, settings: Settings, configure: Configure
+) -> None:
+    settings = copy.deepcopy(settings)
+    details = settings["tables"][LAUNCHES]["columns"].pop("details")
+    ships = settings["tables"][LAUNCHES]["columns"].pop("fairings.ships")
+    loaded(sandbox, "--config", configure(settings))
+    settings["tables"][LAUNCHES]["columns"] |= {"details": details, "fairings.ships": ships}
+    config = configure(settings)
+    log = loaded(sandbox, "--config", config)
+    assert altered(log) == [
+        'ALTER TABLE "public"."launches" ADD COLUMN "details" varchar(16384)',
+        'ALTER TABLE "public"."launches" ADD COLUMN "fairings_ships" super',
+    ]
+    assert column_type(sandbox, LAUNCHES, "details") == ("character varying", 16384)
+    rows = sandbox.query(f"SELECT id, details, fairings_ships AS ships FROM {LAUNCHES}")
+    assert {row["id"]: (row["details"], row["ships"]) for row in rows} == {
+        launch["id"]: (launch["details"], (launch["fairings"] or {}).get("ships"))
+        for launch in DOCUMENT
+    }
+    assert altered(loaded(sandbox, "--config", config)) == []
+
+
+def test_narrower_text_is_widened(
+    sandbox: Sandbox, settings: Settings, configure: Configure
+) -> None:
+    settings["tables"][LAUNCHES]["columns"]["name"] = "varchar(64) not null"
+    settings["tables"][CORES]["columns"]["landing_type"] = "varchar(5)"
+    loaded(sandbox, "--config", configure(settings))
+    # The stand-in, as Redshift, refuses this inside a transaction.
+    document = launches(30)
+    document[0]["name"] = "ü" * 128  # 256 bytes
+    serve(sandbox, document)
+    log = loaded(sandbox)
+    assert altered(log) == [
+        'ALTER TABLE "public"."launches" ALTER COLUMN "name" TYPE varchar(256)',
+        'ALTER TABLE "public"."launch_cores" ALTER COLUMN "landing_type" TYPE varchar(16)',
+    ]
+    assert column_type(sandbox, LAUNCHES, "name") == ("character varying", 256)
+    assert column_type(sandbox, CORES, "landing_type") == ("character varying", 16)
+    rows = sandbox.query(f"SELECT name FROM {LAUNCHES} WHERE id = '{document[0]['id']}'")
+    assert rows == [{"name": "ü" * 128}]
+
+
+def test_wider_text_is_left_alone(
+    sandbox: Sandbox, settings: Settings, configure: Configure
+) -> None:
+    settings["tables"][LAUNCHES]["columns"]["name"] = "varchar(1000) not null"
+    loaded(sandbox, "--config", configure(settings))
+    assert altered(loaded(sandbox)) == []
+    assert column_type(sandbox, LAUNCHES, "name") == ("character varying", 1000)
+
+
+def test_other_type_stops_the_run_and_the_statement_helps(
+    sandbox: Sandbox, settings: Settings, configure: Configure
+) -> None:
+    changed = copy.deepcopy(settings)
+    changed["tables"][LAUNCHES]["columns"]["window"] = "varchar(20)"
+    changed["tables"][LAUNCHES]["columns"].pop("details")  # would be added
+    changed["tables"][CORES]["columns"]["core"] = "varchar(10)"  # would be widened
+    document = launches(30)
+    for launch in document:
+        launch["window"] = None
+        for core in launch["cores"]:
+            core["core"] = None
+    serve(sandbox, document)
+    loaded(sandbox, "--config", configure(changed))
+    sandbox.source.body = SAMPLE.read_bytes()
+    start = len(sandbox.redshift.statements)
+    message = error(refused(sandbox))
+    assert not [
+        text
+        for text in sandbox.redshift.statements[start:]
+        if text.startswith(("ALTER", "CREATE", "COPY", "DELETE", "INSERT"))
+    ]
+    assert LAUNCHES in message
+    assert "window is varchar(20) in the table and integer in the configuration" in message
+    fix = re.search(r"ALTER TABLE .*", message)
+    assert fix, message
+    as_user(sandbox, fix[0])
+    loaded(sandbox)
+    rows = sandbox.query(f'SELECT id, "window" FROM {LAUNCHES}')
+    expected = {launch["id"]: launch["window"] for launch in DOCUMENT}
+    assert {row["id"]: row["window"] for row in rows} == expected
+
+
+def test_statement_helps_for_a_column_that_is_not_null(
+    sandbox: Sandbox, settings: Settings, configure: Configure
+) -> None:
+    settings["tables"][LAUNCHES]["columns"]["date_unix"] = "integer not null"
+    loaded(sandbox, "--config", configure(settings))
+    fix = re.search(r"ALTER TABLE .*", error(refused(sandbox)))
+    assert fix
+    as_user(sandbox, fix[0])
+    loaded(sandbox)
+
+
+def test_missing_column_that_is_not_null_stops_the_run(
+    sandbox: Sandbox, settings: Settings, configure: Configure
+) -> None:
+    settings["tables"][LAUNCHES]["columns"].pop("upcoming")
+    loaded(sandbox, "--config", configure(settings))
+    message = error(refused(sandbox))
+    assert f"{LAUNCHES}: the column upcoming is missing in the table and boolean NOT" in message
+    fix = re.search(r"ALTER TABLE .*", message)
+    assert fix, message
+    as_user(sandbox, fix[0])
+    loaded(sandbox)
+    rows = sandbox.query(f"SELECT id, upcoming FROM {LAUNCHES}")
+    expected = {launch["id"]: launch["upcoming"] for launch in DOCUMENT}
+    assert {row["id"]: row["upcoming"] for row in rows} == expected
+    assert count(sandbox, f"{LAUNCHES}_old") == 30
+
+
+def test_all_faults_in_one_message(
+    sandbox: Sandbox, settings: Settings, configure: Configure
+) -> None:
+    changed = copy.deepcopy(settings)
+    columns = changed["tables"][LAUNCHES]["columns"]
+    columns |= {"window": "bigint", "failures": "varchar(65535)"}
+    columns.pop("upcoming")
+    changed["tables"][CORES]["columns"]["gridfins"] = "smallint"
+    document = launches(30)
+    for launch in document:
+        launch["failures"] = None
+        for core in launch["cores"]:
+            core["gridfins"] = None
+    serve(sandbox, document)
+    loaded(sandbox, "--config", configure(changed))
+    as_user(sandbox, f"ALTER TABLE {AUDIT} RENAME COLUMN rows_before TO old")
+    as_user(sandbox, f"ALTER TABLE {AUDIT} ADD COLUMN rows_before varchar(20)")
+    message = error(refused(sandbox))
+    for fault in (
+        "public.launches: the column window is bigint in the table and integer in",
+        "public.launches: the column failures is varchar(65535) in the table and super in",
+        "public.launches: the column upcoming is missing",
+        "public.launch_cores: the column gridfins is smallint in the table and boolean in",
+        "public.etl_runs: the column rows_before is varchar(20) in the table and bigint in",
+    ):
+        assert fault in message
+    assert len(re.findall("ALTER TABLE", message)) == 5
+
+
+def test_extra_columns_stay(sandbox: Sandbox) -> None:
+    loaded(sandbox)
+    as_user(
+        sandbox,
+        f"ALTER TABLE {LAUNCHES} ADD COLUMN note varchar(20)",
+        f"ALTER TABLE {LAUNCHES} ADD COLUMN origin varchar(20) NOT NULL DEFAULT 'api'",
+        f"ALTER TABLE {CORES} ADD COLUMN checked boolean DEFAULT false",
+        f"UPDATE {LAUNCHES} SET note = 'mine', origin = 'hand'",
+    )
+    log = loaded(sandbox)
+    assert altered(log) == []
+    assert re.search(rf"WARNING load: {LAUNCHES} also has the columns note, origin", log)
+    assert re.search(rf"WARNING load: {CORES} also has the columns checked", log)
+    rows = sandbox.query(f"SELECT DISTINCT note, origin FROM {LAUNCHES}")
+    assert rows == [{"note": None, "origin": "api"}]
+    assert sandbox.query(f"SELECT DISTINCT checked FROM {CORES}") == [{"checked": False}]
+
+
+@pytest.mark.parametrize("meta", ["", ", _run_id varchar(8)"])
+def test_table_made_by_hand(
+    sandbox: Sandbox, settings: Settings, configure: Configure, meta: str
+) -> None:
+    """With other names for the types, another order of the columns, and a row in it."""
+    settings["tables"] = {
+        "public.flights": {
+            "key": ["id"],
+            "columns": {
+                "id": "varchar(24) not null",
+                "name": "varchar(256)",
+                "flight_number": "smallint",
+                "date_unix": "bigint",
+                "window": "integer",
+                "tbd": "boolean",
+                "date_utc": "timestamptz",
+                "static_fire_date_utc": "timestamptz",
+                "mass.exact": "decimal(10,2)",
+                "mass.about": "double precision",
+                "mass.roughly": "real",
+                "mass.on": "date",
+                "mass.at": "timestamp",
+                "links": "super",
+            },
+        }
+    }
+    as_user(
+        sandbox,
+        "CREATE TABLE public.flights (date_utc timestamp with time zone, static_fire_date_utc "
+        'timestamptz, "window" int4, tbd bool, flight_number int2, date_unix int8, links super, '
+        "mass_exact numeric(10, 2), mass_about float8, mass_roughly float4, mass_on date, mass_at "
+        'timestamp without time zone, "ID" character varying(24) NOT NULL PRIMARY KEY, '
+        f"name nvarchar(256){meta}) DISTSTYLE ALL",
+        "INSERT INTO public.flights (id) VALUES ('by hand')",
+    )
+    document = [launch | {"mass": {"exact": 1.25, "at": "2006-03-24 22:30:00"}}
+                for launch in DOCUMENT]  # fmt: skip
+    serve(sandbox, document)
+    added = altered(loaded(sandbox, "--config", configure(settings)))
+    assert len(added) == 2
+    assert "_run_id" in added[0]
+    assert added[1].endswith('ADD COLUMN "_loaded_at" timestamptz')
+    assert column_type(sandbox, "public.flights", "_run_id") == ("character varying", 64)
+    rows = sandbox.query("SELECT id, name, mass_exact, _run_id, _loaded_at FROM public.flights")
+    assert len(rows) == 30
+    assert {row["name"] for row in rows} == {launch["name"] for launch in DOCUMENT}
+    assert {str(row["mass_exact"]) for row in rows} == {"1.25"}
+    (run,) = {row["_run_id"] for row in rows}
+    assert run == sandbox.query(f"SELECT _run_id FROM {AUDIT}")[0]["_run_id"]
+    assert all(row["_loaded_at"] for row in rows)
+
+
+# --- the audit table -----------------------------------------------------------------------------
+
+
+def test_row_of_a_run_for_each_table(sandbox: Sandbox) -> None:
+    source = sandbox.source.url.replace("http://", "http://me:pa55word@")
+    source = source.replace("launches", "it's%20100%25") + "?token=s3cret#part"
+    bodies = []
+    for number in (30, 28):
+        serve(sandbox, launches(number))
+        bodies.append(sandbox.source.body)
+        loaded(sandbox, "--source", source)
+    rows = sandbox.query(f"SELECT * FROM {AUDIT} ORDER BY _run_id, table_name")
+    assert [
+        (row["table_name"], row["mode"], row["rows_before"], row["rows_loaded"]) for row in rows
+    ] == [
+        (CORES, "replace", 0, 38),
+        (LAUNCHES, "replace", 0, 30),
+        (CORES, "replace", 38, 36),
+        (LAUNCHES, "replace", 30, 28),
+    ]
+    objects = sandbox.objects()
+    for row, body in zip(rows, [body for body in bodies for _ in range(2)], strict=True):
+        shown = sandbox.source.url.replace("launches", "it's%20100%25")
+        assert row["source"] == shown
+        assert row["sha256"] == hashlib.sha256(body).hexdigest()
+        assert re.fullmatch(r"\d{8}T\d{6}\.\d{6}Z-[0-9a-f]{8}", row["_run_id"])
+        entries = json.loads(objects[key(row["manifest"])])["entries"]
+        assert f"/{row['table_name']}/" in row["manifest"]
+        assert all(key(entry["url"]) in objects for entry in entries)
+        assert gzip.decompress(objects[key(row["raw"])]) == body
+        assert row["_run_id"] in row["manifest"]
+        assert row["_run_id"] in row["raw"]
+        assert f"{row['started_at']:%Y%m%dT%H%M%S}" == row["_run_id"].partition(".")[0]
+        # GETDATE() has whole seconds; test_loaded_after_it_was_started has the rest.
+        assert row["started_at"].replace(microsecond=0) <= row["_loaded_at"]
+        assert (row["_loaded_at"] - row["started_at"]).total_seconds() < 60
+    assert rows[0]["_run_id"] == rows[1]["_run_id"] < rows[2]["_run_id"] == rows[3]["_run_id"]
+    joined = f"""SELECT count(*) AS rows, min(rows_loaded) AS said FROM {{0}}
+        JOIN {AUDIT} USING (_run_id) WHERE table_name = '{{0}}'"""
+    assert sandbox.query(joined.format(LAUNCHES)) == [{"rows": 28, "said": 28}]
+    assert sandbox.query(joined.format(CORES)) == [{"rows": 36, "said": 36}]
+
+
+def key(url: str) -> str:
+    """The key of an object in the sandbox's bucket."""
+    assert url.startswith(f"s3://{BUCKET}/")
+    return url.removeprefix(f"s3://{BUCKET}/")
+
+
+def test_loaded_after_it_was_started(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process, where a run can begin with a second and end within it."""
+    for name, value in sandbox.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)
+    config = replace(main.load_config(main.DEFAULT_CONFIG), url=sandbox.source.url)
+    for _ in range(8):
+        time.sleep(1.005 - time.time() % 1)
+        main.run_pipeline(config)
+    assert sandbox.query(f"SELECT * FROM {AUDIT} WHERE started_at > _loaded_at") == []
+
+
+@pytest.mark.parametrize("beginning", ["COMMIT", 'INSERT INTO "public"."etl_runs"'])
+def test_failed_run_leaves_no_row(sandbox: Sandbox, beginning: str) -> None:
+    """The audit row and the swap are one transaction: neither is there without the other."""
+    loaded(sandbox)
+    cuts: list[str] = []
+
+    def cut(when: str, statement: str) -> None:
+        if when == "before" and statement.startswith(beginning):
+            cuts.append(statement)
+            raise DropConnection
+
+    sandbox.redshift.hook = cut
+    log = refused(sandbox)
+    assert len(cuts) == main.LOAD_TRIES
+    assert re.search(rf"load: {beginning}.*…: \S+", error(log))
+    assert count(sandbox, AUDIT) == 2
+
+
+@pytest.mark.parametrize("audited", [True, False])
+def test_lost_answer_to_a_commit(
+    sandbox: Sandbox, settings: Settings, configure: Configure, audited: bool
+) -> None:
+    if not audited:
+        settings["redshift"]["audit_table"] = None
+    config = configure(settings)
+    loaded(sandbox, "--config", config)
+    lost: list[str] = []
+
+    def cut(when: str, statement: str) -> None:
+        if (when, statement) == ("after", "COMMIT") and not lost:
+            lost.append(statement)
+            raise DropConnection
+
+    sandbox.redshift.hook = cut
+    log = loaded(sandbox, "--config", config)
+    assert lost
+    assert "only the answer to its commit was lost" in log
+    runs = f"SELECT _run_id, count(*) AS rows FROM {LAUNCHES} GROUP BY _run_id"
+    (row,) = sandbox.query(runs)
+    assert row["rows"] == 30
+    assert f"run {row['_run_id']}: done" in log
+    if audited:
+        rows = sandbox.query(f"SELECT _run_id FROM {AUDIT} ORDER BY _run_id")
+        assert len(rows) == 4
+        assert rows[2] == rows[3] == {"_run_id": row["_run_id"]}
+
+
+def test_replay_from_the_raw_response(sandbox: Sandbox) -> None:
+    document = launches(30)
+    document[0]["name"] = "before it was renamed"
+    serve(sandbox, document)
+    loaded(sandbox)
+    tables = [data(sandbox, LAUNCHES), data(sandbox, CORES)]
+    serve(sandbox, launches(28))
+    loaded(sandbox)
+    assert [data(sandbox, LAUNCHES), data(sandbox, CORES)] != tables
+    first = f"SELECT DISTINCT raw, sha256 FROM {AUDIT} WHERE rows_before = 0"
+    (run,) = sandbox.query(first)
+    requests = len(sandbox.source.requests)
+    loaded(sandbox, "--source", run["raw"])
+    assert len(sandbox.source.requests) == requests
+    assert [data(sandbox, LAUNCHES), data(sandbox, CORES)] == tables
+    last = f"SELECT * FROM {AUDIT} WHERE _run_id = (SELECT max(_run_id) FROM {AUDIT})"
+    rows = sandbox.query(last)
+    assert {row["table_name"]: row["rows_loaded"] for row in rows} == {LAUNCHES: 30, CORES: 38}
+    assert {row["source"] for row in rows} == {run["raw"]}
+    assert {row["sha256"] for row in rows} == {run["sha256"]}
+    body = json.dumps(document).encode()
+    assert run["sha256"] == hashlib.sha256(body).hexdigest()
+    for row in rows:
+        assert row["raw"] != run["raw"]
+        assert gzip.decompress(sandbox.objects()[key(row["raw"])]) == body
+
+
+def test_no_audit_table(sandbox: Sandbox, settings: Settings, configure: Configure) -> None:
+    settings["redshift"]["audit_table"] = None
+    config = configure(settings)
+    start = len(sandbox.redshift.statements)
+    for _ in range(2):
+        loaded(sandbox, "--config", config)
+    assert set(state(sandbox)) == {LAUNCHES, CORES}
+    assert (count(sandbox, LAUNCHES), count(sandbox, CORES)) == (30, 38)
+    statements = sandbox.redshift.statements[start:]
+    assert not [text for text in statements if "etl_runs" in text or text.startswith("LOCK")]
+
+
+def test_audit_table_of_another_name(
+    sandbox: Sandbox, settings: Settings, configure: Configure
+) -> None:
+    as_user(sandbox, "CREATE SCHEMA ops")
+    try:
+        settings["redshift"]["audit_table"] = "ops.history"
+        loaded(sandbox, "--config", configure(settings))
+        rows = sandbox.query("SELECT table_name, rows_loaded FROM ops.history ORDER BY 1")
+        assert rows == [
+            {"table_name": CORES, "rows_loaded": 38},
+            {"table_name": LAUNCHES, "rows_loaded": 30},
+        ]
+        assert set(state(sandbox)) == {LAUNCHES, CORES}
+    finally:
+        as_user(sandbox, "DROP SCHEMA ops CASCADE")
+
+
+def test_audit_table_of_an_older_version(sandbox: Sandbox) -> None:
+    """A history without a column that was added later gets it, and keeps its rows."""
+    loaded(sandbox)
+    as_user(
+        sandbox,
+        f"ALTER TABLE {AUDIT} DROP COLUMN sha256",
+        f"ALTER TABLE {AUDIT} ADD COLUMN remark varchar(100) DEFAULT 'none'",
+    )
+    log = loaded(sandbox)
+    assert altered(log) == ['ALTER TABLE "public"."etl_runs" ADD COLUMN "sha256" varchar(64)']
+    rows = sandbox.query(f"SELECT sha256, remark FROM {AUDIT} ORDER BY _run_id")
+    served = hashlib.sha256(sandbox.source.body).hexdigest()
+    assert [row["sha256"] for row in rows] == [None, None, served, served]
+    assert {row["remark"] for row in rows} == {"none"}
