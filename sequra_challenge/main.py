@@ -494,12 +494,16 @@ def _skip_whitespace(text: str, start: int) -> int:
 
 def shorten(value: Any, length: int = 80) -> str:
     """A value as JSON for a message, cut to a length, safe to print."""
+
+    def default(other: Any) -> Any:
+        return float(other) if isinstance(other, Decimal) else str(other)
+
     try:
-        text = json.dumps(value, ensure_ascii=False, default=str)
-        text = text if text.isprintable() else json.dumps(value, default=str)
+        text = json.dumps(value, ensure_ascii=False, default=default)
+        text = text if text.isprintable() else json.dumps(value, default=default)
     except (TypeError, ValueError, RecursionError):
         text = f"a deeply nested {type(value).__name__}"
-    text = text.strip('"') if isinstance(value, Decimal) else text
+    text = str(value) if isinstance(value, Decimal) else text
     return text if len(text) <= length else text[:length] + "…"
 
 
@@ -970,8 +974,8 @@ def doubles_sql(table: Table) -> str:
 def swap_sql(run: Run, table: Table) -> tuple[str, str]:
     """DELETE and INSERT that put the staged rows in the place of the target's.
 
-    Not TRUNCATE, which commits; and no lock, so that readers and the load never wait. SYSDATE is
-    the beginning of the transaction, so the same in all tables.
+    Not TRUNCATE, which commits; and no lock, so that readers and the load never wait. Not
+    SYSDATE, which is when the transaction began, perhaps before another load's turn.
     """
     names = quoted(*(column.name for column in table.columns))
     delete = f"DELETE FROM {quoted(table.name)}"
@@ -984,7 +988,7 @@ def swap_sql(run: Run, table: Table) -> tuple[str, str]:
     return (
         delete,
         f"""INSERT INTO {quoted(table.name)} ({names}, "_run_id", "_loaded_at")
-SELECT {names}, {literal(run.id)}, SYSDATE
+SELECT {names}, {literal(run.id)}, GETDATE()
 FROM {quoted(table.staging)}""",
     )
 
@@ -1194,7 +1198,7 @@ def swap(cursor: Any, run: Run, staged: list[PartWriter], sha256: str) -> None:
         if audit:
             row = audit_row(run, parts, before[parts.table.name], sha256)
             names, places = quoted(*row, "_loaded_at"), ", ".join(["%s"] * len(row))
-            sql = f"INSERT INTO {quoted(audit.name)} ({names}) VALUES ({places}, SYSDATE)"
+            sql = f"INSERT INTO {quoted(audit.name)} ({names}) VALUES ({places}, GETDATE())"
             execute(cursor, sql, *row.values())
     execute(cursor, "COMMIT")
 
@@ -1239,7 +1243,7 @@ def audit_row(run: Run, parts: PartWriter, before: int, sha256: str) -> dict[str
         "sha256": sha256,
         "rows_before": before,
         "rows_loaded": parts.rows,
-        "started_at": run.started,
+        "started_at": run.started.replace(microsecond=0),  # as whole as GETDATE()
         "_run_id": run.id,
     }
 

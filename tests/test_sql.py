@@ -145,7 +145,7 @@ def test_replace(run: main.Run, launches: main.Table) -> None:
 INSERT INTO "public"."launches" \
 ("id", "date_utc", "links_patch", "mass", "ratio", "_run_id", "_loaded_at")
 SELECT "id", "date_utc", "links_patch", "mass", "ratio", \
-'20240229T235958.000007Z-0a1b2c3d', SYSDATE
+'20240229T235958.000007Z-0a1b2c3d', GETDATE()
 FROM "staging_1\"""",
     )
 
@@ -159,7 +159,7 @@ WHERE "spacex"."cores"."launch_id" = "staging_2"."launch_id" \
 AND "spacex"."cores"."position" = "staging_2"."position\"""",
         """\
 INSERT INTO "spacex"."cores" ("launch_id", "position", "select", "_run_id", "_loaded_at")
-SELECT "launch_id", "position", "select", '20240229T235958.000007Z-0a1b2c3d', SYSDATE
+SELECT "launch_id", "position", "select", '20240229T235958.000007Z-0a1b2c3d', GETDATE()
 FROM "staging_2\"""",
     )
 
