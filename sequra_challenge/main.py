@@ -103,6 +103,7 @@ class Column:
 
     @property
     def name(self) -> str:
+        """The column's name: ``links_patch_small`` of links.patch.small."""
         return "_".join(self.path)
 
     @property
@@ -759,6 +760,7 @@ class Run:
 
     @property
     def id(self) -> str:
+        """Such as ``20261122T204327.031323Z-e33fbe39``."""
         return f"{self.started:%Y%m%dT%H%M%S.%fZ}-{self.token}"
 
     @property
@@ -787,6 +789,7 @@ class PartWriter:
         self._file.write(",".join(column.name for column in self.table.columns).encode() + b"\n")
 
     def write(self, frame: pd.DataFrame) -> None:
+        """Appends the rows of a frame, to a new part where the last is large enough."""
         if self.parts[-1].stat().st_size > PART_BYTES:
             self.close()
             self._begin_part()
@@ -794,6 +797,7 @@ class PartWriter:
         self.rows += len(frame)
 
     def close(self) -> None:
+        """Ends the last part."""
         self._file.close()
 
 
