@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import boto3
+import psycopg
 from moto.server import ThreadedMotoServer
 from psycopg.rows import dict_row
 
@@ -230,6 +231,20 @@ class Sandbox:
         if shown:
             raise AssertionError(f"the program showed {shown}:\n{done.stdout}{done.stderr}")
         return done
+
+    def connect(self, **options: Any) -> psycopg.Connection[tuple[Any, ...]]:
+        """A connection through the proxy, as the user that the program also is."""
+        return psycopg.connect(
+            host=self.redshift.host,
+            port=self.redshift.port,
+            dbname=DATABASE,
+            user=USER,
+            password=PASSWORD,
+            sslmode="verify-full",
+            sslrootcert=str(self.redshift.ca),
+            autocommit=True,
+            **options,
+        )
 
     def psql(self) -> list[str]:
         """The psql command that looks into the tables, past the proxy: this psql has no TLS."""

@@ -15,7 +15,7 @@ import psycopg
 import pytest
 import yaml
 
-from sandbox import DATABASE, PASSWORD, SAMPLE, USER, Sandbox
+from sandbox import SAMPLE, Sandbox
 from sequra_challenge import main
 
 LAUNCHES, CORES, AUDIT = "public.launches", "public.launch_cores", "public.etl_runs"
@@ -59,17 +59,7 @@ def connect(sandbox: Sandbox) -> Iterator[Connect]:
     connections = []
 
     def open_connection() -> psycopg.Connection[tuple[Any, ...]]:
-        connection = psycopg.connect(
-            host=sandbox.redshift.host,
-            port=sandbox.redshift.port,
-            dbname=DATABASE,
-            user=USER,
-            password=PASSWORD,
-            sslmode="verify-full",
-            sslrootcert=str(sandbox.redshift.ca),
-            application_name="analyst",
-            autocommit=True,
-        )
+        connection = sandbox.connect(application_name="analyst")
         connection.execute("SET lock_timeout = '2s'")
         connections.append(connection)
         return connection

@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import boto3
-import psycopg
 import pytest
 import yaml
 
 from redshift import DropConnection
-from sandbox import BUCKET, DATABASE, PASSWORD, SAMPLE, USER, Sandbox
+from sandbox import BUCKET, SAMPLE, Sandbox
 from sequra_challenge import main
 
 LAUNCHES, CORES, AUDIT = "public.launches", "public.launch_cores", "public.etl_runs"
@@ -114,16 +113,7 @@ def data(sandbox: Sandbox, table: str) -> list[dict[str, Any]]:
 
 def as_user(sandbox: Sandbox, *statements: str) -> None:
     """Runs Redshift's SQL as the user that the program also is: tables belong to their maker."""
-    with psycopg.connect(
-        host=sandbox.redshift.host,
-        port=sandbox.redshift.port,
-        dbname=DATABASE,
-        user=USER,
-        password=PASSWORD,
-        sslmode="verify-full",
-        sslrootcert=str(sandbox.redshift.ca),
-        autocommit=True,
-    ) as connection:
+    with sandbox.connect() as connection:
         for statement in statements:
             connection.execute(statement.encode())
 
