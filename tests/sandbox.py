@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -259,6 +260,7 @@ def main() -> int:
     parser.add_argument("--source", help="load this instead of the sample")
     parser.add_argument("--config", help="a pipeline other than conf/pipeline.yaml")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that everything is stopped
     arguments = [
         text
         for name in ("source", "config")
