@@ -11,6 +11,7 @@ load, run, main.
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import errno
 import gzip
@@ -1277,32 +1278,30 @@ def copy_error(cursor: Any) -> str | None:
 
 def run_pipeline(config: Config, dry_run: bool = False, allow_shrink: bool = False) -> None:
     """Runs the pipeline once. Raises PipelineError; then no target has changed."""
-    run = Run(config, Path(tempfile.mkdtemp(prefix="sequra-")), allow_shrink)
-    keep_folder = False
-    try:
-        log.info("run %s: %s", run.id, public_url(config.url))
-        with timed("extract") as figures:
-            body = extract(config.url, run.folder)
-            figures["bytes"] = body.stat().st_size
-        with timed("transform") as figures:
-            staged = transform_to_parts(run, body)
-            figures |= {parts.table.name: parts.rows for parts in staged}
-        if dry_run:
-            print_dry_run(run, staged)
-            keep_folder = True
-            return
-        with timed("stage") as figures:
-            s3 = aws_client("s3")
-            stage(run, s3, body, staged)
-            files = [part for parts in staged for part in parts.parts]
-            figures |= {"files": len(files), "bytes": sum(file.stat().st_size for file in files)}
-        with timed("load") as figures, open_body(body) as text:
-            sha256 = hashlib.file_digest(text, "sha256").hexdigest()
-            load(run, staged, s3.meta.region_name, sha256)
-            figures["tables"] = len(staged)
-    finally:
-        if not keep_folder:
-            shutil.rmtree(run.folder, ignore_errors=True)
+    run = Run(config, Path(tempfile.gettempdir(), f"sequra-{secrets.token_hex(8)}"), allow_shrink)
+    # At exit, because a signal can come between any two lines here, but none after main().
+    atexit.register(shutil.rmtree, run.folder, ignore_errors=True)
+    run.folder.mkdir(mode=0o700)
+    log.info("run %s: %s", run.id, public_url(config.url))
+    with timed("extract") as figures:
+        body = extract(config.url, run.folder)
+        figures["bytes"] = body.stat().st_size
+    with timed("transform") as figures:
+        staged = transform_to_parts(run, body)
+        figures |= {parts.table.name: parts.rows for parts in staged}
+    if dry_run:
+        print_dry_run(run, staged)
+        atexit.unregister(shutil.rmtree)
+        return
+    with timed("stage") as figures:
+        s3 = aws_client("s3")
+        stage(run, s3, body, staged)
+        files = [part for parts in staged for part in parts.parts]
+        figures |= {"files": len(files), "bytes": sum(file.stat().st_size for file in files)}
+    with timed("load") as figures, open_body(body) as text:
+        sha256 = hashlib.file_digest(text, "sha256").hexdigest()
+        load(run, staged, s3.meta.region_name, sha256)
+        figures["tables"] = len(staged)
     seconds = (datetime.now(UTC) - run.started).total_seconds()
     rows = ", ".join(f"{parts.table.name} {parts.rows} rows" for parts in staged)
     log.info("run %s: done: %s, %.1f s", run.id, rows, seconds)
@@ -1361,8 +1360,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = load_config(options.config)
         import_packages()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, stop)
+        on_signal(stop)
         config = replace(config, url=options.source or config.url)
         run_pipeline(config, options.dry_run, options.allow_shrink)
     except ConfigError as error:
@@ -1371,13 +1369,20 @@ def main(arguments: list[str] | None = None) -> int:
     except (PipelineError, OSError) as error:
         log.error("%s", error)
         return 1
+    finally:
+        on_signal(signal.SIG_IGN)
     return 0
+
+
+def on_signal(handler: Any) -> None:
+    """Sets what SIGINT (Ctrl-C) and SIGTERM do."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
 
 
 def stop(number: int, _frame: Any) -> None:
     """Ends the run on a signal; what has been begun is undone on the way out."""
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, signal.SIG_IGN)
+    on_signal(signal.SIG_IGN)
     log.error("stopped by %s", signal.Signals(number).name)
     raise SystemExit(128 + number)
 

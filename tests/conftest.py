@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -45,3 +46,16 @@ def sandbox(running_sandbox: Sandbox) -> Sandbox:
 @pytest.fixture
 def sample() -> Path:
     return SAMPLE
+
+
+@pytest.fixture(scope="session")
+def needed() -> Callable[[str], str]:
+    """The path of a command; without it the test is skipped, but fails where $CI is set."""
+
+    def path(command: str) -> str:
+        found = shutil.which(command)
+        if not found:
+            (pytest.fail if os.environ.get("CI") else pytest.skip)(f"{command} is not installed")
+        return found
+
+    return path
