@@ -1,11 +1,11 @@
 """Load the records of a JSON API into Amazon Redshift: extract, transform, stage, load.
 
-A run reads conf/pipeline.yaml, fetches a JSON array of objects, flattens it into the configured
-tables, stages each as gzipped CSV in S3, copies the files into temporary tables and replaces (or
-upserts) the rows of all tables in one transaction.
+A run reads conf/pipeline.yaml, fetches JSON objects, flattens them into the configured tables,
+stages each table as gzipped CSV in S3, copies the files into temporary tables, replaces (or
+upserts) the rows of all tables in one transaction, and tells people how it went.
 
 The file reads in the order in which the data flows: configuration, extract, transform, stage,
-load, run, main.
+load, notify, run, main.
 """
 
 from __future__ import annotations
@@ -16,33 +16,38 @@ import contextlib
 import errno
 import gzip
 import hashlib
+import html
 import io
 import json
 import logging
 import math
+import multiprocessing
 import os
 import random
 import re
 import secrets
 import shutil
 import signal
+import socket
 import ssl
 import struct
 import sys
 import tempfile
+import threading
 import time
 import zlib
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from decimal import Context, Decimal, DecimalException, Inexact, InvalidOperation
-from functools import partial
-from itertools import islice
+from functools import cached_property, partial
+from logging.handlers import MemoryHandler
+from multiprocessing.pool import AsyncResult, ThreadPool
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, ClassVar, TextIO
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
 import yaml
 
@@ -59,10 +64,13 @@ DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "conf" / "pipeline.yam
 HTTP_TIMEOUT = (10, 60)  # seconds: to connect, between two pieces of the answer
 HTTP_TRIES = 6
 LOAD_TRIES = 4
+PROGRESS_SECONDS = 5
+ALERT_SECONDS = 10  # for all that is done about alerts
 READ_CHARACTERS = 1 << 20
 WHITESPACE = " \t\r\n"  # of JSON
 BATCH_RECORDS = 2_000  # some 30 MB of Python objects where a record is 2 kB of JSON
-PART_BYTES = 64 << 20  # compressed; Redshift's guide asks for files of 1 MB to 1 GB
+BATCH_CHARACTERS = 8 << 20
+BATCHES_AHEAD = 3  # of the thread that compresses and uploads
 GZIP_LEVEL = 4
 
 log = logging.getLogger("sequra_challenge")
@@ -80,10 +88,7 @@ def import_packages() -> None:
     """Imports the large packages. --help and a wrong configuration answer without them."""
     global boto3, botocore, np, pd, redshift_connector, requests, urllib3
     import boto3.s3.transfer
-    import botocore.config
-    import botocore.exceptions
     import botocore.session
-    import botocore.utils
     import numpy as np
     import pandas as pd
     import redshift_connector
@@ -100,9 +105,9 @@ class Column:
 
     path: tuple[str, ...]
     type: str  # as Redshift writes it: "varchar(24)"
-    not_null: bool
+    not_null: bool = False
 
-    @property
+    @cached_property
     def name(self) -> str:
         """The column's name: ``links_patch_small`` of links.patch.small."""
         return "_".join(self.path)
@@ -112,12 +117,12 @@ class Column:
         """The column's definition in SQL."""
         return f"{quoted(self.name)} {self.type}" + " NOT NULL" * self.not_null
 
-    @property
+    @cached_property
     def kind(self) -> str:
         """The type without its arguments: ``varchar``."""
         return self.type.partition("(")[0]
 
-    @property
+    @cached_property
     def arguments(self) -> tuple[int, ...]:
         """The numbers in the type: ``(24,)`` of varchar(24), ``(10, 2)`` of decimal(10,2)."""
         return tuple(map(int, re.findall(r"\d+", self.type)))
@@ -142,34 +147,54 @@ class Table:
 
 @dataclass(frozen=True)
 class Config:
-    """What conf/pipeline.yaml says, checked."""
+    """What conf/pipeline.yaml says, checked: its settings under their own names."""
 
+    name: str  # of the file: pipeline
     url: str
+    records: str | None
+    next: str | None
+    max_pages: int
+    max_wait: int
+    headers: dict[str, str]
     bucket: str
     prefix: str
     kms_key: str | None
+    part_mb: int
     secret: str
     copy_role: str | None
     audit_table: str | None
-    connect_seconds: float
-    statement_seconds: float
+    connect_seconds: int
+    statement_seconds: int
+    on: tuple[str, ...]
+    slack_webhook_secret: str | None
+    sns_topic: str | None
+    heartbeat_url: str | None
     tables: tuple[Table, ...]
 
 
 NAME = r"[a-z_][a-z0-9_]{0,126}"  # what Redshift can hold: it folds names to lower case
+PATH = r"[^.]+(\.[^.]+)*"
 ROLE = r"arn:aws[\w-]*:iam::\d{12}:role/[\w+=.@/-]+"
 TYPE = (
     r"(boolean|smallint|integer|bigint|real|double precision|decimal\(\d{1,2},\d{1,2}\)"
     r"|varchar\(\d{1,5}\)|date|timestamp|timestamptz|super)( not null)?"
 )
-# What the file holds: mappings, and patterns of the names and the values in them. A pattern in a
-# list stands for one or several values; behind one in a tuple stands the default.
+# What the file holds: mappings, and patterns of the values in them. A pattern in a list stands for
+# one or several values; behind one in a tuple stands the default. "*" is any name.
 SCHEMA: dict[str, Any] = {
-    "source": {"url": r".+"},
+    "source": {
+        "url": r".+",
+        "records": (PATH, None),
+        "next": (PATH, None),
+        "max_pages": (r"[1-9]\d{0,6}", 1000),
+        "max_wait": (r"\d{1,5}", 900),
+        "headers": ({"*": r"[^\r\n]+"}, {}),
+    },
     "staging": {
         "bucket": r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]",
         "prefix": r"[\w!.*()=-]+(/[\w!.*()=-]+)*",
         "kms_key": (r"[\w:/-]+", None),
+        "part_mb": (r"[1-9]\d{0,3}", 64),  # compressed; COPY's guide says 1 MB to 1 GB
     },
     "redshift": {
         "secret": r"[\w/+=.@:-]+",
@@ -178,35 +203,49 @@ SCHEMA: dict[str, Any] = {
         "connect_seconds": (r"\d{1,5}", 120),
         "statement_seconds": (r"[1-9]\d{0,5}", 3600),
     },
+    "alerts": {
+        "on": (["failure|success"], ("failure",)),
+        "slack_webhook_secret": (r"[\w/+=.@:-]+", None),
+        "sns_topic": (r"arn:aws[\w-]*:sns:[\w-]+:\d{12}:[\w.-]+", None),
+        "heartbeat_url": (r"https?://.+", None),
+    },
     "tables": {
-        r".+": {
-            "columns": {r".+": TYPE},
+        "*": {
+            "columns": {"*": TYPE},
             "key": [NAME],
             "mode": ("replace|upsert", "replace"),
-            "rows": (r"[^.]+(\.[^.]+)*", None),
+            "rows": (PATH, ""),
             "parent": (r"(?!(position|value)$)[^.]+", None),
             "sort_key": ([NAME], ()),
-            "dist_key": (NAME, ()),
+            "dist_key": ([NAME], ()),
             "min_rows": (r"\d{1,15}", 1),
             "max_shrink": (r"0|0?\.\d+|1(\.0)?", 0.2),
         }
     },
 }
 # What the load sets in each row.
-META_COLUMNS = (
-    Column(("_run_id",), "varchar(64)", False),
-    Column(("_loaded_at",), "timestamptz", False),
-)
+META_COLUMNS = (Column(("_run_id",), "varchar(64)"), Column(("_loaded_at",), "timestamptz"))
 RESERVED = {column.name for column in META_COLUMNS}  # and Redshift's system columns
 RESERVED |= {"oid", "tableoid", "xmin", "cmin", "xmax", "cmax", "ctid", "insertxid", "deletexid"}
+# The audit table's columns, beside these two.
+AUDIT_COLUMNS = {
+    "table_name": "varchar(255)",
+    "mode": "varchar(16)",
+    "source": "varchar(4096)",
+    "manifest": "varchar(4096)",
+    "raw": "varchar(4096)",
+    "sha256": "varchar(64)",
+    "rows_before": "bigint",
+    "rows_loaded": "bigint",
+    "started_at": "timestamptz",
+}
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people read it: `on` and `no` are text, and a key stands once in a mapping."""
+    """YAML whose scalars are the texts that stand there, `on` and `1e3` too; no key twice."""
 
     yaml_implicit_resolvers: ClassVar = {  # type: ignore[misc]
-        first: [(tag, regexp) for tag, regexp in resolvers if not tag.endswith(":bool")]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        "<": yaml.SafeLoader.yaml_implicit_resolvers["<"]
     }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -227,75 +266,69 @@ def load_config(path: Path) -> Config:
         raise ConfigError(f"{path}: {error.strerror}") from None
     except Exception as error:  # a YAMLError, and for odd tags and depths whatever PyYAML meets
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
-    faults = list(_schema_faults(document, SCHEMA, ""))
-    sections = {name: _mapping(_mapping(document).get(name)) for name in SCHEMA}
-    settings: dict[str, Any] = {}
-    for section in ("source", "staging", "redshift"):
-        settings |= _with_defaults(sections[section], SCHEMA[section])
-    settings["copy_role"] = settings["copy_role"] or os.environ.get("AWS_ROLE_ARN") or None
-    tables = (
-        _table(str(name), f"staging_{number}", _mapping(table))
-        for number, (name, table) in enumerate(sections["tables"].items(), 1)
-    )
-    config = Config(**settings, tables=tuple(tables))
-    for table in config.tables:
+    faults: list[str] = []
+    sections = _checked(document, SCHEMA, "", faults)
+    tables = [
+        _table(name, f"staging_{number}", settings)
+        for number, (name, settings) in enumerate(sections.pop("tables").items(), 1)
+    ]
+    for table in tables:
         faults += [f"tables.{table.name}{fault}" for fault in _table_faults(table)]
+    settings = {name: value for section in sections.values() for name, value in section.items()}
+    settings["copy_role"] = settings["copy_role"] or os.environ.get("AWS_ROLE_ARN") or None
+    for name, value in settings["headers"].items():
+        for variable in re.findall(r"\$\{(.*?)\}", value):
+            if not os.environ.get(variable):
+                faults.append(f"source.headers.{name}: ${variable} is not set in the environment")
+            value = value.replace(f"${{{variable}}}", os.environ.get(variable, ""))
+        settings["headers"][name] = value
     if faults:
         raise ConfigError("\n  ".join([f"{path} has {len(faults)} fault(s):", *faults]))
-    return config
+    return Config(path.stem, **settings, tables=tuple(tables))
 
 
-def _mapping(value: Any) -> dict[Any, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _with_defaults(given: dict[Any, Any], schema: dict[str, Any]) -> dict[str, Any]:
-    # A setting that is null is as one that is missing, but for audit_table: null turns that off.
-    return {
-        name: given[name]
-        if name in given and (given[name] is not None or name == "audit_table")
-        else (rule[1] if isinstance(rule, tuple) else None)
-        for name, rule in schema.items()
-    }
-
-
-def _schema_faults(value: Any, schema: Any, at: str) -> Iterator[str]:
-    rule, default = schema if isinstance(schema, tuple) else (schema, "")
+def _checked(given: Any, schema: Any, at: str, faults: list[str]) -> Any:
+    """What the schema describes, with defaults and numbers; adds what is wrong to the faults."""
+    rule, default = schema if isinstance(schema, tuple) else (schema, None)
+    missing = given in (None, "", "null", "~")
     if isinstance(rule, dict):
-        if not isinstance(value, dict) or not value:
-            yield f"{at or 'the file'}: must be a mapping, not {shorten(value)}"
-            return
+        if not isinstance(given, dict) and not missing:
+            faults.append(f"{at or 'the file'}: must be a mapping, not {shorten(given)}")
+        given = given if isinstance(given, dict) else {}
+        if "*" in rule:
+            if not given and missing and default is None:
+                faults.append(f"{at}: missing")
+            return {
+                name: _checked(v, rule["*"], f"{at}.{name}", faults) for name, v in given.items()
+            }
         dot = f"{at}." if at else ""
-        for name, inner in value.items():
-            known = next((known for known in rule if re.fullmatch(known, str(name))), None)
-            if known is None:
-                yield f"{dot}{name}: unknown key, expected {' or '.join(rule)}"
-            elif inner is not None or not isinstance(rule[known], tuple):
-                yield from _schema_faults(inner, rule[known], f"{dot}{name}")
-        for name, inner in rule.items():
-            if name.isidentifier() and name not in value and not isinstance(inner, tuple):
-                yield f"{dot}{name}: missing"
-    elif isinstance(rule, list) and isinstance(value, list):
-        yield from (fault for item in value for fault in _schema_faults(item, rule[0], at))
-    else:
-        pattern = rule[0] if isinstance(rule, list) else rule
-        kind = (int, float) if isinstance(default, int | float) else str
-        if not isinstance(value, kind) or not re.fullmatch(pattern, str(value), re.ASCII):
-            wrong = "unknown type" if rule is TYPE else f"must match {pattern}, not"
-            yield f"{at}: {wrong} {value!r}"
+        expected = " or ".join(rule)
+        faults += [f"{dot}{n}: unknown key, expected {expected}" for n in given if n not in rule]
+        return {name: _checked(given.get(name), r, dot + name, faults) for name, r in rule.items()}
+    if missing:
+        if not isinstance(schema, tuple):
+            faults.append(f"{at}: missing")
+        # Null turns the audit table off; any other setting is then as if it were not there.
+        return None if given is not None and at == "redshift.audit_table" else default
+    if isinstance(rule, list):
+        items = given if isinstance(given, list) else [given]
+        return tuple(_checked(item, rule[0], at, faults) for item in items)
+    if not isinstance(given, str) or not re.fullmatch(rule, given, re.ASCII):
+        wrong = "unknown type" if rule is TYPE else f"must match {rule}, not"
+        faults.append(f"{at}: {wrong} {given!r}")
+        return given if default is None else default
+    return type(default)(given) if isinstance(default, int | float) else given
 
 
-def _table(name: str, staging: str, given: dict[str, Any]) -> Table:
-    settings = _with_defaults(given, SCHEMA["tables"][".+"])
+def _table(name: str, staging: str, settings: dict[str, Any]) -> Table:
     columns = []
-    for path, text in _mapping(settings["columns"]).items():
+    for path, text in settings["columns"].items():
         type_, _, not_null = str(text).partition(" not ")
         columns.append(Column(tuple(str(path).split(".")), type_, bool(not_null)))
-    for setting in ("key", "sort_key", "dist_key"):
-        value = settings[setting] or ()
-        settings[setting] = tuple(map(str, [value] if isinstance(value, str) else value))
-    settings["rows"] = tuple(str(settings["rows"]).split(".")) if settings["rows"] else ()
-    return Table(**settings | {"name": name, "staging": staging, "columns": tuple(columns)})
+    rows = tuple(settings["rows"].split(".")) if settings["rows"] else ()
+    return Table(
+        **settings | {"name": name, "staging": staging, "columns": tuple(columns), "rows": rows}
+    )
 
 
 def _table_faults(table: Table) -> Iterator[str]:
@@ -316,10 +349,8 @@ def _table_faults(table: Table) -> Iterator[str]:
     for name, paths in Counter(column.name for column in table.columns).items():
         if paths > 1:
             yield f".columns: {paths} paths give the column {name!r}"
-    if not table.key:
-        yield ".key: must name the columns that no two rows share"
     for setting in ("key", "sort_key", "dist_key"):
-        for name in getattr(table, setting):
+        for name in getattr(table, setting) or ():
             if kinds.get(name, "super") == "super":
                 yield f".{setting}: {name!r} is not a column that can be compared"
     if bool(table.rows) != bool(table.parent):
@@ -338,70 +369,181 @@ def public_url(url: str) -> str:
     return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
 
 
-def extract(source: str, folder: Path) -> Path:
+def extract(config: Config, folder: Path, figures: dict[str, Any]) -> Path:
     """Fetches the source (http, https, s3 or a local file) and returns the file that holds it."""
-    parts = urlsplit(source)
+    parts = urlsplit(config.url)
     target = folder / "response"
     if parts.scheme in ("http", "https"):
-        download(source, target)
+        with http_session(config) as session:
+            if config.records or config.next:
+                return download_pages(session, config, folder, figures)
+            download(session, config, config.url, target, figures)
     elif parts.scheme == "s3":
-        with aws_errors("read", source):
+        with aws_errors("read", config.url):
             aws_client("s3").download_file(parts.netloc, parts.path.lstrip("/"), str(target))
     else:
-        target = Path(source).expanduser()
+        target = Path(config.url).expanduser()
         if not target.is_file():
-            raise PipelineError(f"the source {source} is not a file")
+            raise PipelineError(f"the source {config.url} is not a file")
     return target
 
 
-def download(url: str, target: Path) -> None:
+def http_session(config: Config) -> requests.Session:
+    """A session that sends the configured headers, but not to another host after a redirect."""
+    session = requests.Session()
+    session.headers.update(config.headers)
+
+    def keep_secrets(response: requests.Response, **_: Any) -> None:
+        to = urljoin(response.url, response.headers.get("Location", ""))
+        if session.should_strip_auth(response.url, to):  # type: ignore[no-untyped-call]
+            for name in config.headers:
+                response.request.headers.pop(name, None)
+
+    session.hooks["response"].append(keep_secrets)
+    adapter = requests.adapters.HTTPAdapter()
+    # Trusts what OpenSSL does, so also $SSL_CERT_FILE, beside the bundle that requests brings.
+    adapter.init_poolmanager(1, 1, ssl_context=ssl.create_default_context())
+    session.mount("https://", adapter)
+    return session
+
+
+def download(
+    session: requests.Session, config: Config, url: str, target: Path, figures: dict[str, Any]
+) -> None:
     """GETs the URL into the file.
 
     Tried again after what Retry-After asks for, else with exponential back-off and jitter:
-    connection errors, time-outs, a body that ends early, 429, 500, 502, 503 and 504.
+    connection errors, time-outs, a body that ends early, 500, 502, 503 and 504 a few times, and
+    429 as long as all that is waited for one answer stays below ``source.max_wait``.
     """
-    broken = (
+    before = figures.get("bytes", 0)
+    started, tries = time.monotonic(), 0
+    while True:
+        tries += 1
+        wait = min(2**tries, 60) * random.uniform(0.5, 1)
+        try:
+            with session.get(url, stream=True, timeout=HTTP_TIMEOUT) as response:
+                with contextlib.suppress(urllib3.exceptions.InvalidHeader, ValueError):
+                    wait = urllib3.Retry().get_retry_after(response.raw) or wait
+                response.raise_for_status()
+                with target.open("wb") as file:
+                    for chunk in response.iter_content(1 << 20):
+                        file.write(chunk)
+                        figures["bytes"] = before + file.tell()
+                return
+        except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError) as error:
+            status = getattr(getattr(error, "response", None), "status_code", None)
+            again = status in (429, 500, 502, 503, 504) or is_broken(error)
+            again &= tries < HTTP_TRIES or status == 429
+            reason = error_text(error)
+        if not again:
+            raise PipelineError(f"GET {public_url(url)}: {reason}, attempt {tries}")
+        if time.monotonic() - started + wait > config.max_wait:
+            raise PipelineError(
+                f"GET {public_url(url)}: {reason}, attempt {tries}; another one in {wait:.0f} s "
+                f"would be after source.max_wait, {config.max_wait} s"
+            )
+        until = datetime.now(UTC) + timedelta(seconds=wait)
+        log.warning("%s, trying again in %.1f s, at %s", reason, wait, f"{until:%H:%M:%SZ}")
+        time.sleep(wait)
+
+
+def is_broken(error: BaseException) -> bool:
+    """Whether the connection failed, which may be otherwise the next time."""
+    kinds = (
         requests.ConnectionError,
         requests.Timeout,
         requests.exceptions.ChunkedEncodingError,
         requests.exceptions.ContentDecodingError,
     )
-    adapter = requests.adapters.HTTPAdapter()
-    # Trusts what OpenSSL does, so also $SSL_CERT_FILE, beside the bundle that requests brings.
-    adapter.init_poolmanager(1, 1, ssl_context=ssl.create_default_context())
-    with requests.Session() as session:
-        session.mount("https://", adapter)
-        for attempt in range(1, HTTP_TRIES + 1):
-            wait: float | None = None
-            try:
-                with session.get(url, stream=True, timeout=HTTP_TIMEOUT) as response:
-                    with contextlib.suppress(urllib3.exceptions.InvalidHeader, ValueError):
-                        wait = urllib3.Retry(retry_after_max=300).get_retry_after(response.raw)
-                    response.raise_for_status()
-                    with target.open("wb") as file:
-                        for chunk in response.iter_content(1 << 20):
-                            file.write(chunk)
-                    return
-            except requests.HTTPError as error:
-                reason = f"HTTP {error.response.status_code} {error.response.reason}"
-                transient = error.response.status_code in (429, 500, 502, 503, 504)
-            except broken as error:
-                cause = root_cause(error)
-                reason = f"{type(error).__name__}: {cause}"
-                transient = not isinstance(cause, ssl.SSLCertVerificationError)
-            except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError) as error:
-                reason, transient = type(error).__name__, False  # their texts hold the URL
-            if not transient or attempt == HTTP_TRIES:
-                raise PipelineError(f"GET {public_url(url)}: {reason}, attempt {attempt}")
-            wait = wait if wait is not None else 2**attempt * random.uniform(0.5, 1)
-            log.warning("extract: %s, trying again in %.1f s", reason, wait)
-            time.sleep(wait)
+    return isinstance(error, kinds) and not isinstance(
+        root_cause(error), ssl.SSLCertVerificationError
+    )
+
+
+def error_text(error: BaseException) -> str:
+    """What a request failed for, without the URL: the messages of requests hold it."""
+    if isinstance(error, requests.HTTPError):
+        return f"HTTP {error.response.status_code} {error.response.reason}"
+    if isinstance(error, requests.ConnectionError | requests.Timeout) or is_broken(error):
+        return f"{type(error).__name__}: {root_cause(error)}"
+    if isinstance(error, requests.RequestException | urllib3.exceptions.HTTPError | ValueError):
+        return type(error).__name__
+    return str(error)
 
 
 def root_cause(error: BaseException) -> BaseException:
     """The innermost error: the messages of those around it may hold the URL and its query."""
     inner = error.__cause__ or error.__context__
     return root_cause(inner) if inner else error
+
+
+def download_pages(
+    session: requests.Session, config: Config, folder: Path, figures: dict[str, Any]
+) -> Path:
+    """GETs page after page; returns a file of the records of all, one a line.
+
+    A record that comes again on a later page, because the list moved meanwhile, is kept as it is
+    there. Within one page it stays twice, for the check of the keys.
+    """
+    keys = [c.path for t in config.tables if not t.rows for c in t.columns if c.name in t.key]
+    page_of: dict[str, int] = {}
+    written: list[tuple[str, int]] = []
+    seen: set[str] = set()
+    url = config.url
+    with (folder / "pages").open("w") as file:
+        while url:
+            if url in seen:
+                raise PipelineError(
+                    f"page {len(seen) + 1} is a page that was there before: {public_url(url)}"
+                )
+            if len(seen) == config.max_pages:
+                raise PipelineError(
+                    f"there are more pages than source.max_pages, {config.max_pages}"
+                )
+            seen.add(url)
+            download(session, config, url, folder / "response", figures)
+            records, following = read_page(config, url, folder / "response")
+            for record in records:
+                key = dump_exactly([dig(record, path) for path in keys or [()]])
+                page_of[key] = len(seen)
+                written.append((key, len(seen)))
+                file.write(dump_exactly(record) + "\n")
+            figures |= {"pages": len(seen), "records": len(page_of)}
+            if session.should_strip_auth(config.url, following or url):  # type: ignore[no-untyped-call]
+                raise PipelineError(f"the next page is on another host: {public_url(following)}")
+            url = following
+    target = folder / "response.ndjson"
+    with (folder / "pages").open() as pages, target.open("w") as file:
+        file.writelines(
+            line for line, (key, page) in zip(pages, written, strict=True) if page_of[key] == page
+        )
+    return target
+
+
+def read_page(config: Config, url: str, file: Path) -> tuple[list[Any], str]:
+    """The records in one answer, and the URL of the next page, which is "" after the last."""
+    with open_body(file) as body:
+        try:
+            page = json.load(body, parse_float=Decimal)
+        except (ValueError, ArithmeticError, RecursionError) as error:
+            raise PipelineError(f"GET {public_url(url)}: not JSON: {error}") from None
+    records = dig(page, config.records.split(".") if config.records else ())
+    if not isinstance(records, list):
+        raise PipelineError(
+            f"GET {public_url(url)}: no array at {config.records}: {shorten(page, 200)}"
+        )
+    following = dig(page, config.next.split(".")) if config.next else None
+    if not isinstance(following, str | NoneType):
+        raise PipelineError(f"GET {public_url(url)}: no URL at {config.next}: {shorten(following)}")
+    return records, urljoin(url, following) if following else ""
+
+
+def dump_exactly(value: Any) -> str:
+    """JSON on one line in which each Decimal keeps its digits."""
+    mark = secrets.token_hex(8)
+    text = json.dumps(value, default=lambda number: f"{mark}{number}{mark}")
+    return text.replace(f'"{mark}', "").replace(f'{mark}"', "")
 
 
 def is_gzipped(path: Path) -> bool:
@@ -422,19 +564,25 @@ class Unfit(Exception):
     """A value does not fit its column; the message is the rule that it breaks."""
 
 
-def read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """Yields the objects of a JSON array in a file, gzipped or not, with a piece in memory.
+def read_batches(path: Path) -> Iterator[list[dict[str, Any]]]:
+    """Yields the records in a file, gzipped or not, as lists of bounded length.
 
-    Numbers with a fraction or an exponent become Decimal, so that no digit is lost.
-    Raises PipelineError for anything but an array of at least one object.
+    They are the objects of a JSON array, or of newline-delimited JSON. Numbers with a fraction or
+    an exponent become Decimal, so that no digit is lost. Raises PipelineError for anything else,
+    and where there is no record.
     """
-    count = 0
+    count, batch, size = 0, list[dict[str, Any]](), 0
     try:
         with io.TextIOWrapper(open_body(path), "utf-8-sig", newline="") as text:
-            for count, record in enumerate(_read_array(text), 1):
+            for record, characters in _read_records(text):
+                count += 1
                 if not isinstance(record, dict):
                     raise PipelineError(f"record {count} is not an object: {shorten(record)}")
-                yield record
+                batch.append(record)
+                size += characters
+                if len(batch) >= BATCH_RECORDS or size > BATCH_CHARACTERS:
+                    yield batch
+                    batch, size = [], 0
     except json.JSONDecodeError as error:
         near = shorten(error.doc[max(0, error.pos - 40) : error.pos + 40])
         raise PipelineError(f"not JSON after record {count}: {error.msg}, near {near}") from None
@@ -443,28 +591,39 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
         # not UTF-8, a gzip file that is damaged.
         raise PipelineError(f"not readable after record {count}: {error}") from None
     if not count:
-        raise PipelineError("the source is an empty array, there is nothing to load")
+        raise PipelineError("the source is empty, there is nothing to load")
+    if batch:
+        yield batch
 
 
-def _read_array(text: TextIO) -> Iterator[Any]:
+def _read_records(text: TextIO) -> Iterator[tuple[Any, int]]:
+    """Yields each value with the number of its characters."""
     decoder = json.JSONDecoder(parse_float=Decimal)
-    buffer, start, wanted, before = text.read(READ_CHARACTERS), 0, READ_CHARACTERS, "["
-    while buffer and not buffer.strip(WHITESPACE):
-        buffer = text.read(READ_CHARACTERS)
-    if buffer.lstrip(WHITESPACE)[:1] != "[":
-        what = "HTML or XML" if buffer.lstrip()[:1] == "<" else "no JSON array"
-        raise PipelineError(f"the source is {what}, it begins {shorten(buffer, 200)}")
+    pieces = iter(partial(text.read, 1000), "")
+    begins = next(filter(None, (piece.lstrip(WHITESPACE) for piece in pieces)), "")
+    text.seek(0)
+    if begins[:1] == "[":
+        yield from _read_array(text, decoder)
+    elif begins[:1] == "{":
+        for line in text:
+            if line.strip(WHITESPACE):
+                yield decoder.decode(line), len(line)
+    elif begins:
+        what = "HTML or XML" if begins[:1] == "<" else "no JSON array"
+        raise PipelineError(f"the source is {what}, it begins {shorten(begins, 200)}")
+
+
+def _read_array(text: TextIO, decoder: json.JSONDecoder) -> Iterator[tuple[Any, int]]:
+    skip: Any = re.compile(f"[{WHITESPACE}]*").match
+    buffer, start, wanted, before = "", 0, READ_CHARACTERS, "["
     while True:
         try:
-            mark = _skip_whitespace(buffer, start)
-            if buffer[mark] == "]" != before:
+            mark = skip(buffer, start).end()
+            first = skip(buffer, mark + (buffer[mark] == before)).end()
+            if buffer[first] == "]" and (before == "[" or first == mark):
                 break
-            if buffer[mark] != before:
+            if first == mark:
                 raise json.JSONDecodeError(f"Expecting {before!r}", buffer, mark)
-            first = _skip_whitespace(buffer, mark + 1)
-            if before == "[" and buffer[first] == "]":
-                mark = first
-                break
             element, end = decoder.raw_decode(buffer, first)
         except (IndexError, json.JSONDecodeError) as error:
             # More text can only mend what is wrong at the end: in a string without an end, or in
@@ -480,18 +639,13 @@ def _read_array(text: TextIO) -> Iterator[Any]:
             # Doubled, so that one huge record is not scanned from its start for every piece.
             buffer, start, wanted = buffer[start:] + more, 0, wanted * 2
         else:
-            yield element
+            yield element, end - start
             start, wanted, before = end, READ_CHARACTERS, ","
-    rest = buffer[mark + 1 :]
+    rest = buffer[first + 1 :]
     while rest:
         if rest.strip(WHITESPACE):
             raise json.JSONDecodeError("Extra data after the array", rest, 0)
         rest = text.read(READ_CHARACTERS)
-
-
-def _skip_whitespace(text: str, start: int) -> int:
-    match = re.compile(f"[{WHITESPACE}]*").match(text, start)
-    return match.end() if match else start
 
 
 def shorten(value: Any, length: int = 80) -> str:
@@ -519,7 +673,8 @@ def transform(records: list[dict[str, Any]], table: Table, served: set[str]) -> 
     levels: dict[tuple[str, ...], list[dict[str, Any]]] = {(): rows}
 
     def checked(check: Callable[[list[Any]], Any], path: tuple[str, ...]) -> Any:
-        values = [level.get(path[-1]) for level in levels[path[:-1]]]
+        name = path[-1]
+        values = [level.get(name) for level in levels[path[:-1]]]
         try:
             return check(values)
         except Unfit:
@@ -568,7 +723,7 @@ def explode(records: list[dict[str, Any]], table: Table) -> list[dict[str, Any]]
     return rows
 
 
-def dig(value: Any, path: tuple[str, ...]) -> Any:
+def dig(value: Any, path: Iterable[str]) -> Any:
     """The value at a path in nested objects; None where the path ends early."""
     for name in path:
         value = value.get(name) if isinstance(value, dict) else None
@@ -621,7 +776,7 @@ def convert(column: Column, in_key: bool, values: list[Any]) -> Any:
     Raises Unfit with the rule that a value breaks. Only numbers for real, double precision and in
     super are rounded, to the nearest that these hold.
     """
-    if None in values and (in_key or column.not_null):
+    if (in_key or column.not_null) and None in values:
         raise Unfit("in the key" if in_key else "in a column that is not null")
     match column.kind:
         case "boolean":
@@ -629,34 +784,34 @@ def convert(column: Column, in_key: bool, values: list[Any]) -> Any:
             return pd.array(values, dtype="boolean")
         case "smallint" | "integer" | "bigint":
             limit = 1 << {"smallint": 15, "integer": 31, "bigint": 63}[column.kind]
-            if not all(-limit <= value < limit for value in _only(values, "an integer", int)):
+            numbers = _only(values, "an integer", int)
+            if numbers and not -limit <= min(numbers) <= max(numbers) < limit:
                 raise Unfit(f"is outside {-limit} to {limit - 1}")
             return pd.array(values, dtype="Int64")
         case "real" | "double precision":
             numbers = _only(values, "a number", int, Decimal)
-            single = column.kind == "real"
+            limits = np.finfo(np.float32 if column.kind == "real" else np.float64)
             with np.errstate(over="ignore"):
-                sizes = np.abs(np.array([float(Decimal(number)) for number in numbers]))
-                sizes = sizes.astype(np.float32) if single else sizes
-            limits = np.finfo(np.float32 if single else np.float64)
+                sizes = np.abs(np.array([float(Decimal(n)) for n in numbers], limits.dtype))
             fits = (sizes >= limits.tiny) & (sizes <= limits.max)
             if not all(fits | np.array([number == 0 for number in numbers], dtype=bool)):
                 raise Unfit(f"is outside the range of {column.kind}")
             return pd.array([None if v is None else float(v) for v in values], dtype="Float64")
         case "decimal":
             _only(values, "a number", int, Decimal)
-            return _text_array(values, partial(_decimal, *column.arguments))
+            return _texts(values, partial(_decimal, *column.arguments))
         case "varchar":
-            for value in _only(values, "a text", str):
-                _check_text(value, column.arguments[0])
-            return _text_array(values, str)
+            _check_texts(_only(values, "a text", str), column.arguments[0])
+            return pd.Series(values, dtype=object)
         case "super":
-            return _text_array(values, _super)
+            texts = _texts(values, _super)
+            _check_texts(texts.dropna().tolist(), 16 << 20)
+            return texts
         case kind:
             return _times(values, kind)
 
 
-def _text_array(values: list[Any], text: Callable[[Any], str]) -> pd.Series:
+def _texts(values: list[Any], text: Callable[[Any], str]) -> pd.Series:
     return pd.Series([None if v is None else text(v) for v in values], dtype=object)
 
 
@@ -668,14 +823,15 @@ def _decimal(precision: int, scale: int, value: Any) -> str:
         raise Unfit(f"does not fit decimal({precision},{scale}) exactly") from None
 
 
-def _check_text(value: str, most: int) -> None:
+def _check_texts(texts: list[str], most: int) -> None:
     try:
-        size = len(value.encode())
+        sizes = map(len, map(str.encode, texts))
+        size = max(sizes, default=0)
     except UnicodeEncodeError:
         raise Unfit("has a lone surrogate, which UTF-8 cannot hold") from None
     if size > most:
         raise Unfit(f"has a text of {size} bytes, at most {most} fit")
-    if "\0" in value:
+    if "\0" in "".join(texts):
         raise Unfit("has a NUL character, which Redshift cannot hold")
 
 
@@ -688,13 +844,11 @@ _dump_super = json.JSONEncoder(
 def _super(value: Any) -> str:
     try:
         text = _dump_super(value)
-        _check_text(text, 16 << 20)
-        if len(text) > 65_535 // 4 or "\\u0000" in text:
-            for inner in _texts_in(value):
-                _check_text(inner, 65_535)
-        return text
     except (ValueError, RecursionError) as error:  # NaN, Infinity; nested too deeply
         raise Unfit(f"is not JSON that super holds: {error}") from None
+    if len(text) > 65_535 // 4 or "\\u0000" in text:
+        _check_texts(list(_texts_in(value)), 65_535)
+    return text
 
 
 def _texts_in(value: Any) -> Iterator[str]:
@@ -707,18 +861,19 @@ def _texts_in(value: Any) -> Iterator[str]:
 
 DATE = r"\d{4}-\d\d-\d\d"
 TIME = DATE + r"[T ]\d\d:\d\d:\d\d(\.\d{1,6})?"
-TIMES = {"date": DATE, "timestamp": TIME, "timestamptz": TIME + r"(Z|[+-]\d\d(:?\d\d)?)"}
-EXAMPLES = {
-    "date": "2006-03-24",
-    "timestamp": "2006-03-24T22:30:00, without an offset",
-    "timestamptz": "2006-03-24T22:30:00Z, with an offset",
+# For each type what its texts must match, and an example.
+TIMES = {
+    "date": (DATE, "2006-03-24"),
+    "timestamp": (TIME, "2006-03-24T22:30:00, without an offset"),
+    "timestamptz": (TIME + r"(Z|[+-]\d\d(:?\d\d)?)", "2006-03-24T22:30:00Z, with an offset"),
 }
 
 
 def _times(values: list[Any], kind: str) -> Any:
     """ISO 8601 texts, with microseconds and in UTC, as COPY reads them with TIMEFORMAT 'auto'."""
-    what = f"a {kind} such as {EXAMPLES[kind]}"
-    if not all(map(re.compile(TIMES[kind], re.ASCII).fullmatch, _only(values, what, str))):
+    pattern, example = TIMES[kind]
+    what = f"a {kind} such as {example}"
+    if not all(map(re.compile(pattern, re.ASCII).fullmatch, _only(values, what, str))):
         raise Unfit(f"is not {what}")
     try:
         times = pd.to_datetime(pd.Series(values, dtype=object), format="ISO8601", utc=True)
@@ -741,9 +896,9 @@ def warn_of_drift(tables: tuple[Table, ...], served: set[str]) -> None:
     known = {source_path(t, path[: n + 1]) for t, path in columns for n in range(len(path))}
     known |= {".".join(table.rows[: n + 1]) for table in tables for n in range(len(table.rows))}
     for path in sorted(served - known - {""}):
-        log.warning("transform: the source has a field that no table loads: %s", path)
+        log.warning("the source has a field that no table loads: %s", path)
     for path in sorted(wanted - served - {""}):
-        log.warning("transform: no record has the field %s, so its column is null", path)
+        log.warning("no record has the field %s, so its column is null", path)
 
 
 # --- stage --------------------------------------------------------------------------------------
@@ -776,12 +931,11 @@ class Run:
 
 
 class PartWriter:
-    """Writes the rows of a table into gzipped CSV parts of about PART_BYTES, each with a header."""
+    """Writes the rows of a table into gzipped CSV parts, each with a header; hands on full ones."""
 
-    def __init__(self, table: Table, run: Run) -> None:
-        self.table, self.run = table, run
+    def __init__(self, table: Table, run: Run, upload: Callable[[str, Path], None] | None) -> None:
+        self.table, self.run, self._upload = table, run, upload
         self.parts: list[Path] = []
-        self.rows = 0
         self._begin_part()
 
     def _begin_part(self) -> None:
@@ -789,17 +943,18 @@ class PartWriter:
         self._file = gzip.GzipFile(self.parts[-1], "wb", GZIP_LEVEL, mtime=0)
         self._file.write(",".join(column.name for column in self.table.columns).encode() + b"\n")
 
-    def write(self, frame: pd.DataFrame) -> None:
-        """Appends the rows of a frame, to a new part where the last is large enough."""
-        if self.parts[-1].stat().st_size > PART_BYTES:
+    def write(self, csv: str) -> None:
+        """Appends lines, to a new part where the last is large enough."""
+        if self.parts[-1].stat().st_size > self.run.config.part_mb << 20:
             self.close()
             self._begin_part()
-        self._file.write(csv_rows(frame, self.run.null).encode())
-        self.rows += len(frame)
+        self._file.write(csv.encode())
 
     def close(self) -> None:
         """Ends the last part."""
         self._file.close()
+        if self._upload:
+            self._upload(self.table.name, self.parts[-1])
 
 
 def csv_rows(frame: pd.DataFrame, null: str) -> str:
@@ -808,38 +963,60 @@ def csv_rows(frame: pd.DataFrame, null: str) -> str:
     The csv module cannot do that, and before Python 3.13 leaves a lone carriage return unquoted.
     """
 
-    def cell_text(cell: Any) -> str:
-        if cell is None:
-            return null
-        return '"' + cell.replace('"', '""') + '"' if isinstance(cell, str) else str(cell)
+    def cells(column: pd.Series) -> list[str]:
+        if column.dtype == object:
+            return [null if c is None else '"' + c.replace('"', '""') + '"' for c in column]
+        return [null if c is pd.NA else str(c) for c in column]
 
-    columns = (column.astype(object).where(column.notna(), None) for _, column in frame.items())
-    return "".join(",".join(map(cell_text, row)) + "\n" for row in zip(*columns, strict=True))
+    lines = zip(*(cells(column) for _, column in frame.items()), strict=True)
+    return "".join(",".join(line) + "\n" for line in lines)
 
 
-def transform_to_parts(run: Run, body: Path) -> list[PartWriter]:
-    """Reads the source and writes the rows of all tables, batch by batch, into CSV parts."""
+def transform_to_parts(
+    run: Run, body: Path, upload: Callable[[str, Path], None] | None, rows: dict[str, int]
+) -> list[PartWriter]:
+    """Reads the source and writes the rows of all tables, batch by batch, into CSV parts.
+
+    The parts are compressed and uploaded in a thread beside the parsing: zlib and the network
+    release the GIL. Counts the rows of each table.
+    """
     served: set[str] = set()
-    staged = [PartWriter(table, run) for table in run.config.tables]
-    records = read_records(body)
-    while batch := list(islice(records, BATCH_RECORDS)):
+    staged = [PartWriter(table, run, upload) for table in run.config.tables]
+    rows |= {table.name: 0 for table in run.config.tables}
+    with ThreadPool(1) as thread:
+        ahead: deque[AsyncResult[None]] = deque()
+
+        def hand_on(call: Callable[..., None], *arguments: Any) -> None:
+            ahead.append(thread.apply_async(call, arguments))
+            if len(ahead) > BATCHES_AHEAD:
+                ahead.popleft().get()
+
+        for batch in read_batches(body):
+            for parts in staged:
+                frame = transform(batch, parts.table, served)
+                hand_on(parts.write, csv_rows(frame, run.null))
+                rows[parts.table.name] += len(frame)
         for parts in staged:
-            parts.write(transform(batch, parts.table, served))
-    for parts in staged:
-        parts.close()
+            hand_on(parts.close)
+        for result in ahead:
+            result.get()
     warn_of_drift(run.config.tables, served)
     return staged
 
 
-def aws_client(service: str) -> Any:
+_aws_lock = threading.Lock()  # boto3 makes clients for one thread at a time
+
+
+def aws_client(service: str, region: str | None = None) -> Any:
     """A client in $AWS_REGION, the profile's region, or else the region of the EC2 instance."""
     session = botocore.session.get_session()
-    region = os.environ.get("AWS_REGION") or session.get_config_variable("region")
+    region = region or os.environ.get("AWS_REGION") or session.get_config_variable("region")
     region = region or botocore.utils.IMDSRegionProvider(session).provide()
     if not region:
         raise PipelineError("no AWS region: set AWS_REGION, or a region in the AWS profile")
     retries = botocore.config.Config(retries={"mode": "standard"})
-    return boto3.client(service, region_name=region, config=retries)
+    with _aws_lock:
+        return boto3.client(service, region_name=region, config=retries)
 
 
 @contextlib.contextmanager
@@ -858,32 +1035,41 @@ def aws_errors(action: str, resource: str) -> Iterator[None]:
         raise PipelineError(f"cannot {action} {resource}{identity}: {error}") from None
 
 
-def stage(run: Run, s3: Any, body: Path, staged: list[PartWriter]) -> None:
-    """Uploads the raw response, gzipped, and of each table the parts and then the manifest."""
-    threadless = boto3.s3.transfer.TransferConfig(use_threads=False)  # a signal ends it at once
+def upload(run: Run, s3: AsyncResult[Any], figures: dict[str, int], name: str, file: Path) -> None:
+    """Uploads a file of the run, and deletes it here: the disk never holds more than some parts."""
     encryption = {"ServerSideEncryption": "AES256"}
     if run.config.kms_key:
         encryption = {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": run.config.kms_key}
+    threadless = boto3.s3.transfer.TransferConfig(use_threads=False)  # a signal ends it at once
 
-    def upload(file: Path, name: str) -> dict[str, Any]:
-        url = run.url(name, file.name)
-        with aws_errors("write", url):
-            bucket, key = urlsplit(url).netloc, urlsplit(url).path[1:]
-            s3.upload_file(str(file), bucket, key, ExtraArgs=encryption, Config=threadless)
-        return {"url": url, "mandatory": True}
+    def count(uploaded: int) -> None:
+        figures["bytes"] += uploaded
 
-    raw = run.folder / "response.json.gz"
-    opener: Callable[..., Any] = (
-        open if is_gzipped(body) else partial(gzip.open, compresslevel=GZIP_LEVEL)
-    )
-    with body.open("rb") as source, opener(raw, "wb") as target:
-        shutil.copyfileobj(source, target)
-    upload(raw, "raw")
-    manifest = run.folder / "manifest.json"
+    url = run.url(name, file.name)
+    with aws_errors("write", url):
+        bucket, key = urlsplit(url).netloc, urlsplit(url).path[1:]
+        s3.get().upload_file(str(file), bucket, key, encryption, count, threadless)
+    figures["files"] += 1
+    file.unlink()
+
+
+def stage(
+    run: Run, body: Path, staged: list[PartWriter], upload: Callable[[str, Path], None]
+) -> dict[str, str]:
+    """Uploads the raw response, gzipped, and the manifests; returns where the rows come from."""
+    raw = run.folder / ("response.ndjson.gz" if body.suffix == ".ndjson" else "response.json.gz")
+    with open_body(body) as text, gzip.open(raw, "wb", GZIP_LEVEL) as target:
+        shutil.copyfileobj(text, target)
+    with open_body(body) as text:
+        sha256 = hashlib.file_digest(text, "sha256").hexdigest()
+    upload("raw", raw)
     for parts in staged:
-        entries = [upload(part, parts.table.name) for part in parts.parts]
+        urls = [run.url(parts.table.name, part.name) for part in parts.parts]
+        manifest = run.folder / "manifest.json"
+        entries = [{"url": url, "mandatory": True} for url in urls]
         manifest.write_text(json.dumps({"entries": entries}, indent=2))
-        upload(manifest, parts.table.name)
+        upload(parts.table.name, manifest)
+    return {"source": public_url(run.config.url), "raw": run.url("raw", raw.name), "sha256": sha256}
 
 
 # --- load ---------------------------------------------------------------------------------------
@@ -900,17 +1086,21 @@ class Credentials:
     password: str = field(repr=False)
 
 
+def read_secret(secret: str) -> str:
+    """The text of a secret in Secrets Manager."""
+    with aws_errors("read", f"the secret {secret}"):
+        manager = aws_client("secretsmanager")
+        return str(manager.get_secret_value(SecretId=secret).get("SecretString"))
+
+
 def read_credentials(secret: str) -> Credentials:
     """Reads the secret: the fields of Credentials in upper or lower case, as JSON.
 
     AWS's own Redshift secrets say dbname and username. Raises PipelineError when it is something
     else; its values are never shown.
     """
-    with aws_errors("read", f"the secret {secret}"):
-        manager = aws_client("secretsmanager")
-        text = manager.get_secret_value(SecretId=secret).get("SecretString")
     try:
-        values = {name.lower(): value for name, value in json.loads(text).items()}
+        values = {name.lower(): value for name, value in json.loads(read_secret(secret)).items()}
     except (ValueError, TypeError, AttributeError):
         raise PipelineError(f"the secret {secret} is not a JSON object") from None
     values = {"database": values.get("dbname"), "user": values.get("username")} | values
@@ -923,6 +1113,7 @@ def read_credentials(secret: str) -> Credentials:
     if not re.fullmatch(r"[\w-]{1,63}(\.[\w-]{1,63})*", str(values["host"]), re.ASCII):
         raise PipelineError(f"the secret {secret} has a HOST that is no host name")
     values = {name: str(values[name]) for name in names}
+    hide(values["password"])
     return Credentials(**values | {"port": int(values["port"])})
 
 
@@ -1043,7 +1234,7 @@ def connect(config: Config, credentials: Credentials) -> Any:
             error = redshift_error(caught)
             if not isinstance(error, TransientError) or time.monotonic() + wait > give_up:
                 raise PipelineError(f"cannot connect to Redshift at {to}: {error}") from None
-            log.warning("load: cannot connect: %s, trying again in %.0f s", error, wait)
+            log.warning("cannot connect: %s, trying again in %.0f s", error, wait)
             time.sleep(wait)
             wait = min(wait * 2, 15)
         else:
@@ -1053,39 +1244,41 @@ def connect(config: Config, credentials: Credentials) -> Any:
 
 def execute(cursor: Any, sql: str, *values: Any) -> Any:
     """Executes one statement. Raises PipelineError with its beginning and the server's reason."""
-    log.debug("load: %s", sql)
+    began = time.perf_counter()
     try:
         return cursor.execute(sql, values or None)
     except Exception as caught:
         error = redshift_error(caught)
         raise type(error)(f"{' '.join(sql.split())[:60]}…: {error}") from None
+    finally:
+        log.debug("%.3f s: %s", time.perf_counter() - began, sql)
 
 
-def load(run: Run, staged: list[PartWriter], region: str, sha256: str) -> None:
+def load(
+    run: Run, credentials: Credentials, region: str, rows: dict[str, int], lineage: dict[str, str]
+) -> dict[str, tuple[int, int]]:
     """Loads the staged files into the tables; where that may help, again on a new connection.
 
     Loading twice does no harm. After the last try it is looked up whether only the answer to its
-    commit got lost.
+    commit got lost. Returns for each table how many rows it had and has, where that is known.
     """
-    credentials = read_credentials(run.config.secret)
     for tries_left in reversed(range(LOAD_TRIES + 1)):
         try:
             with session(run.config, credentials) as (connection, cursor):
                 if tries_left:
                     prepare_targets(cursor, run.config)
-                    for parts in staged:
-                        copy(cursor, run, parts, region)
+                    for table in run.config.tables:
+                        copy(cursor, run, table, region, rows[table.name])
                 connection.autocommit = False
                 if is_loaded(cursor, run):
-                    log.info("load: done already, only the answer to its commit was lost")
-                    return
+                    log.info("done already, only the answer to its commit was lost")
+                    return {}
                 if tries_left:
-                    swap(cursor, run, staged, sha256)
-                    return
+                    return swap(cursor, run, rows, lineage)
         except TransientError as error:
             failure = error
             if tries_left > 1:
-                log.warning("load: %s, trying again", error)
+                log.warning("%s, trying again", error)
     raise failure
 
 
@@ -1115,8 +1308,7 @@ def prepare_targets(cursor: Any, config: Config) -> None:
     Raises PipelineError, before any of that, where a table differs in another way.
     """
     changes, faults = [], []
-    audit = audit_table(config)
-    for table in (*config.tables, audit) if audit else config.tables:
+    for table in (*config.tables, *audit_tables(config)):
         rows = execute(cursor, COLUMNS_SQL.format(*map(literal, table.name.split(".")))).fetchall()
         existing = {name: Column((name,), _type_sql(*kind), False) for name, *kind in rows}
         alter = f"ALTER TABLE {quoted(table.name)}"
@@ -1139,11 +1331,11 @@ def prepare_targets(cursor: Any, config: Config) -> None:
         if not rows:
             changes.append(create_sql(table))
         elif existing:
-            log.warning("load: %s also has the columns %s", table.name, ", ".join(existing))
+            log.warning("%s also has the columns %s", table.name, ", ".join(existing))
     if faults:
         raise PipelineError("\n  ".join(["tables differ from the configuration:", *faults]))
     for sql in changes:
-        log.info("load: %s", sql.partition(" (")[0])
+        log.warning("%s", sql.partition(" (")[0])
         execute(cursor, sql)
 
 
@@ -1156,9 +1348,8 @@ def _type_sql(kind: str, length: int, precision: int, scale: int) -> str:
     }.get(kind, kind)
 
 
-def copy(cursor: Any, run: Run, parts: PartWriter, region: str) -> None:
+def copy(cursor: Any, run: Run, table: Table, region: str, staged: int) -> None:
     """Copies a table's files into its staging table; checks the number of rows and the keys."""
-    table = parts.table
     create, copy = copy_sql(run, table, region)
     execute(cursor, create)
     try:
@@ -1167,45 +1358,59 @@ def copy(cursor: Any, run: Run, parts: PartWriter, region: str) -> None:
         raise
     except PipelineError as error:
         raise PipelineError(f"COPY for {table.name}: {copy_error(cursor) or error}") from None
-    (rows,) = execute(cursor, "SELECT pg_last_copy_count()").fetchone()
-    if rows != parts.rows:
-        raise PipelineError(f"COPY for {table.name}: {rows} rows, but {parts.rows} were staged")
+    (copied,) = execute(cursor, "SELECT pg_last_copy_count()").fetchone()
+    if copied != staged:
+        raise PipelineError(f"COPY for {table.name}: {copied} rows, but {staged} were staged")
     doubles = execute(cursor, doubles_sql(table)).fetchall()
     _refuse_doubles(table, [dict(zip(table.key, row, strict=True)) for row in doubles])
 
 
 def is_loaded(cursor: Any, run: Run) -> bool:
     """Takes the loaders' turn, and tells whether the run is in the tables already."""
-    audit = audit_table(run.config)
-    if audit:
+    for audit in audit_tables(run.config):
         # First of all in the transaction, because the snapshot is taken after it.
         execute(cursor, f"LOCK {quoted(audit.name)}")
-    witness = quoted(audit.name if audit else run.config.tables[0].name)
-    sql = f'SELECT count(*) FROM {witness} WHERE "_run_id" = {literal(run.id)}'
+    witness = (*audit_tables(run.config), *run.config.tables)[0]
+    sql = f'SELECT count(*) FROM {quoted(witness.name)} WHERE "_run_id" = {literal(run.id)}'
     return bool(execute(cursor, sql).fetchone()[0])
 
 
-def swap(cursor: Any, run: Run, staged: list[PartWriter], sha256: str) -> None:
+def swap(
+    cursor: Any, run: Run, rows: dict[str, int], lineage: dict[str, str]
+) -> dict[str, tuple[int, int]]:
     """Puts the staged rows of all tables in place, and a row for each into the audit table.
 
     All in one transaction: a reader sees the rows of before or those of this run, everywhere.
+    Returns for each table how many rows it had and has.
     """
-    audit = audit_table(run.config)
-    before = {}
-    for parts in staged:
-        name = parts.table.name
-        (before[name],) = execute(cursor, f"SELECT count(*) FROM {quoted(name)}").fetchone()
-        if parts.table.mode == "replace" and not run.allow_shrink:
-            refuse_shrinking(parts.table, before[name], parts.rows)
-    for parts in staged:
-        for sql in swap_sql(run, parts.table):
-            execute(cursor, sql)
-        if audit:
-            row = audit_row(run, parts, before[parts.table.name], sha256)
-            names, places = quoted(*row, "_loaded_at"), ", ".join(["%s"] * len(row))
+    changes = {}
+    for table in run.config.tables:
+        count = f"SELECT count(*) FROM {quoted(table.name)}"
+        (before,) = execute(cursor, count).fetchone()
+        changes[table.name] = before, rows[table.name]
+        if table.mode == "replace" and not run.allow_shrink:
+            refuse_shrinking(table, before, rows[table.name])
+    for table in run.config.tables:
+        before, loaded = changes[table.name]
+        delete, insert = swap_sql(run, table)
+        deleted = execute(cursor, delete).rowcount
+        execute(cursor, insert)
+        changes[table.name] = before, before - deleted + loaded
+        row = lineage | {
+            "table_name": table.name,
+            "mode": table.mode,
+            "manifest": run.url(table.name, "manifest.json"),
+            "rows_before": before,
+            "rows_loaded": loaded,
+            "started_at": run.started.replace(microsecond=0),  # as whole as GETDATE()
+            "_run_id": run.id,
+        }
+        names, places = quoted(*row, "_loaded_at"), ", ".join(["%s"] * len(row))
+        for audit in audit_tables(run.config):
             sql = f"INSERT INTO {quoted(audit.name)} ({names}) VALUES ({places}, GETDATE())"
             execute(cursor, sql, *row.values())
     execute(cursor, "COMMIT")
+    return changes
 
 
 def refuse_shrinking(table: Table, before: int, after: int) -> None:
@@ -1219,38 +1424,10 @@ def refuse_shrinking(table: Table, before: int, after: int) -> None:
         )
 
 
-def audit_table(config: Config) -> Table | None:
+def audit_tables(config: Config) -> list[Table]:
     """The table that gets a row for each run and table, unless it is turned off."""
-    if not config.audit_table:
-        return None
-    columns = {
-        "table_name": "varchar(255)",
-        "mode": "varchar(16)",
-        "source": "varchar(4096)",
-        "manifest": "varchar(4096)",
-        "raw": "varchar(4096)",
-        "sha256": "varchar(64)",
-        "rows_before": "bigint",
-        "rows_loaded": "bigint",
-        "started_at": "timestamptz",
-    }
-    return _table(config.audit_table, "", {"columns": columns})
-
-
-def audit_row(run: Run, parts: PartWriter, before: int, sha256: str) -> dict[str, Any]:
-    """What the audit table says of a run and a table."""
-    return {
-        "table_name": parts.table.name,
-        "mode": parts.table.mode,
-        "source": public_url(run.config.url),
-        "manifest": run.url(parts.table.name, "manifest.json"),
-        "raw": run.url("raw", "response.json.gz"),
-        "sha256": sha256,
-        "rows_before": before,
-        "rows_loaded": parts.rows,
-        "started_at": run.started.replace(microsecond=0),  # as whole as GETDATE()
-        "_run_id": run.id,
-    }
+    settings = _checked({"columns": AUDIT_COLUMNS, "key": []}, SCHEMA["tables"]["*"], "", [])
+    return [_table(config.audit_table, "", settings)] if config.audit_table else []
 
 
 # Only stl_load_errors shows the value, and only a provisioned cluster has it.
@@ -1273,63 +1450,256 @@ def copy_error(cursor: Any) -> str | None:
     return None
 
 
+# --- notify -------------------------------------------------------------------------------------
+
+_secrets: set[str] = set()
+
+
+def hide(*values: str) -> None:
+    """Has these texts masked in every log line and alert."""
+    _secrets.update(value for value in values if len(value) > 7)
+
+
+def masked(text: str) -> str:
+    """The text without what is secret in it."""
+    for secret in _secrets:
+        text = text.replace(secret, "***")
+    return text
+
+
+def in_time(calls: Mapping[str, Callable[[], Any]], seconds: float) -> Iterator[tuple[str, Any]]:
+    """Calls all at once; yields what each returns or raises, and leaves alone what takes longer."""
+    give_up = time.monotonic() + seconds
+    thread = ThreadPool(len(calls) or 1)  # its threads don't keep the program from ending
+    pending = {name: thread.apply_async(call) for name, call in calls.items()}
+    for name, result in pending.items():
+        try:
+            yield name, result.get(max(0, give_up - time.monotonic()))
+        except multiprocessing.TimeoutError:
+            yield name, PipelineError(f"no answer within {seconds} seconds")
+        except Exception as error:
+            yield name, error
+
+
+def channels(config: Config, event: str) -> dict[str, Callable[[str, list[str]], None]]:
+    """The channels that hear of an event (failure, success or test), as functions that send."""
+    found: dict[str, Callable[[str, list[str]], None]] = {}
+    if event in (*config.on, "test") and config.slack_webhook_secret:
+        found["slack"] = partial(send_slack, config.slack_webhook_secret)
+    if event in (*config.on, "test") and config.sns_topic:
+        found["sns"] = partial(send_sns, config.sns_topic)
+    if event != "failure" and config.heartbeat_url:
+        found["heartbeat"] = partial(send_heartbeat, config.heartbeat_url)
+    return found
+
+
+def send(
+    to: dict[str, Callable[[str, list[str]], None]], first: str, lines: list[str]
+) -> dict[str, str]:
+    """Sends a message, with its first line apart; returns for each channel what failed, or ""."""
+    calls = {name: partial(call, masked(first), [*map(masked, lines)]) for name, call in to.items()}
+    return {n: error_text(e) if e else "" for n, e in in_time(calls, ALERT_SECONDS / 2)}
+
+
+def send_slack(secret: str, first: str, lines: list[str]) -> None:
+    """Posts a message to the incoming webhook whose URL is the secret, or its URL as JSON."""
+    url = read_secret(secret)
+    with contextlib.suppress(ValueError, AttributeError):
+        url = {name.lower(): str(value) for name, value in json.loads(url).items()}.get("url", "")
+    if not re.match("https?://", url):
+        raise PipelineError(f"the secret {secret} holds no URL")
+    hide(url)
+    texts = [html.escape(text, quote=False)[:2900] for text in (first, "\n".join(lines)) if text]
+    blocks = [{"type": "section", "text": {"type": "mrkdwn", "text": text}} for text in texts]
+    message = {"text": texts[0], "blocks": blocks}
+    requests.post(url, json=message, timeout=ALERT_SECONDS).raise_for_status()
+
+
+def send_sns(topic: str, first: str, lines: list[str]) -> None:
+    """Publishes a message to the topic, in the topic's region."""
+    subject = re.sub(r"[^ -~]+", "?", first)[:100]  # what SNS takes
+    with aws_errors("publish to", topic):
+        sns = aws_client("sns", topic.split(":")[3])
+        sns.publish(TopicArn=topic, Subject=subject, Message="\n".join([first, *lines]))
+
+
+def send_heartbeat(url: str, _first: str, _lines: list[str]) -> None:
+    """Tells a dead man's switch that all is well."""
+    requests.get(url, timeout=ALERT_SECONDS).raise_for_status()
+
+
+def tables_now(config: Config) -> list[str]:
+    """A line for each table: how many rows are in it, and which run loaded the last of them."""
+
+    def look() -> Iterator[str]:
+        credentials = read_credentials(config.secret)
+        with session(replace(config, connect_seconds=0), credentials) as (_, cursor):
+            for table in config.tables:
+                sql = f'SELECT count(*), max("_run_id") FROM {quoted(table.name)}'
+                try:
+                    rows, run_id = execute(cursor, sql).fetchone()
+                    yield f"{table.name}: {rows} rows, unchanged since run {run_id}"
+                except PipelineError as error:
+                    yield f"{table.name}: {error}"
+
+    ((_, lines),) = in_time({"": lambda: list(look())}, ALERT_SECONDS / 2)
+    return lines if isinstance(lines, list) else [f"tables: not known, {error_text(lines)}"]
+
+
 # --- run ----------------------------------------------------------------------------------------
 
 
-def run_pipeline(config: Config, dry_run: bool = False, allow_shrink: bool = False) -> None:
-    """Runs the pipeline once. Raises PipelineError; then no target has changed."""
-    run = Run(config, Path(tempfile.gettempdir(), f"sequra-{secrets.token_hex(8)}"), allow_shrink)
-    # At exit, because a signal can come between any two lines here, but none after main().
-    atexit.register(shutil.rmtree, run.folder, ignore_errors=True)
-    run.folder.mkdir(mode=0o700)
-    log.info("run %s: %s", run.id, public_url(config.url))
-    with timed("extract") as figures:
-        body = extract(config.url, run.folder)
-        figures["bytes"] = body.stat().st_size
-    with timed("transform") as figures:
-        staged = transform_to_parts(run, body)
-        figures |= {parts.table.name: parts.rows for parts in staged}
-    if dry_run:
-        print_dry_run(run, staged)
-        atexit.unregister(shutil.rmtree)
-        return
-    with timed("stage") as figures:
-        s3 = aws_client("s3")
-        stage(run, s3, body, staged)
-        files = [part for parts in staged for part in parts.parts]
-        figures |= {"files": len(files), "bytes": sum(file.stat().st_size for file in files)}
-    with timed("load") as figures, open_body(body) as text:
-        sha256 = hashlib.file_digest(text, "sha256").hexdigest()
-        load(run, staged, s3.meta.region_name, sha256)
-        figures["tables"] = len(staged)
-    seconds = (datetime.now(UTC) - run.started).total_seconds()
-    rows = ", ".join(f"{parts.table.name} {parts.rows} rows" for parts in staged)
-    log.info("run %s: done: %s, %.1f s", run.id, rows, seconds)
+context = {"step": "run"}  # what each log line says beside its message: run_id, step
+warned = MemoryHandler(1000, flushLevel=sys.maxsize)  # keeps the warnings for the alerts
+
+
+class Stopped(BaseException):
+    """A signal ends the run; what has been begun is undone on the way out."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.status = 128 + number
+
+
+EXPECTED = (ConfigError, PipelineError, OSError, Stopped)  # their messages say all
+
+
+class LogFormatter(logging.Formatter):
+    """Lines of text, or JSON objects with the names of Datadog's standard attributes."""
+
+    def __init__(self, as_json: bool) -> None:
+        super().__init__()
+        self.as_json = as_json
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line, in text followed by the traceback of an error that nobody expected."""
+        moment = datetime.fromtimestamp(record.created, UTC)
+        error = record.exc_info[1] if record.exc_info else None
+        stack = self.formatException(record.exc_info) if record.exc_info else ""
+        if self.as_json:
+            line = {
+                "timestamp": f"{moment:%Y-%m-%dT%H:%M:%S.%f}"[:-3] + "Z",
+                "level": record.levelname,
+                "message": record.getMessage(),
+                **context,
+                **getattr(record, "figures", {}),
+            }
+            if error:
+                kind = type(error).__name__
+                line["error"] = {"kind": kind, "message": str(error), "stack": stack}
+            return masked(json.dumps(line))
+        step = context["step"] and f"{context['step']}: "
+        text = f"{moment:%Y-%m-%dT%H:%M:%SZ} {record.levelname:7} {step}{record.getMessage()}"
+        return masked(text if isinstance(error, EXPECTED) or not error else f"{text}\n{stack}")
 
 
 @contextlib.contextmanager
-def timed(step: str) -> Iterator[dict[str, Any]]:
-    """Logs a step when it is done: the figures put into the dict, and the seconds it took."""
-    figures: dict[str, Any] = {}
-    start = time.perf_counter()
+def step(name: str, figures: dict[str, Any] | None = None) -> Iterator[dict[str, Any]]:
+    """Logs the figures that a step puts into the dict, every few seconds and when it is done."""
+    context["step"] = name
+    figures = {} if figures is None else figures
+    began, done = time.perf_counter_ns(), threading.Event()
+
+    def tell(prefix: str) -> None:
+        told = figures | {"duration": time.perf_counter_ns() - began}  # in ns, as Datadog has it
+        shown = told.get("rows", {}) | told | {"seconds": f"{told['duration'] / 1e9:.2f}"}
+        texts = (f"{n} {v}" for n, v in shown.items() if n not in ("rows", "duration"))
+        log.info("%s%s", prefix, ", ".join(texts), extra={"figures": told})
+
+    def tell_progress() -> None:
+        while not done.wait(PROGRESS_SECONDS):
+            tell("so far ")
+
+    threading.Thread(target=tell_progress, daemon=True).start()
     try:
         yield figures
-    except (PipelineError, OSError, botocore.exceptions.BotoCoreError) as error:
+    except (OSError, botocore.exceptions.BotoCoreError) as error:
         full = isinstance(error, OSError) and error.errno == errno.ENOSPC
         where = f" in {tempfile.gettempdir()}" if full else ""
-        raise PipelineError(f"{step}: {error}{where}") from None
-    figures["seconds"] = f"{time.perf_counter() - start:.2f}"
-    log.info("%s: %s", step, ", ".join(f"{name} {value}" for name, value in figures.items()))
+        raise PipelineError(f"{error}{where}") from None
+    finally:
+        done.set()
+    tell("")
 
 
-def print_dry_run(run: Run, staged: list[PartWriter]) -> None:
+def run_pipeline(config: Config, dry_run: bool = False, allow_shrink: bool = False) -> int:
+    """Runs the pipeline once, tells people how it went, and returns the exit status."""
+    run = Run(config, Path(tempfile.gettempdir(), f"sequra-{secrets.token_hex(8)}"), allow_shrink)
+    context["run_id"] = run.id
+    rows: dict[str, int] = {}
+    event, status, what = "success", 0, "succeeded"
+    try:
+        what += f" on {socket.gethostname()}: {run_steps(run, dry_run, rows)}"
+    except (Exception, Stopped) as error:
+        reason = str(error) if isinstance(error, EXPECTED) else f"{type(error).__name__}: {error}"
+        log.error("%s", reason, exc_info=True)
+        event, status = "failure", error.status if isinstance(error, Stopped) else 1
+        what = f"failed on {socket.gethostname()}: {context['step']}: {reason}"
+    context["step"] = "alerts"
+    if (to := channels(config, event)) and not dry_run:
+        seconds = (datetime.now(UTC) - run.started).total_seconds()
+        lines = [f"run: {run.id}", f"took: {seconds:.1f} s"]
+        if event == "success":
+            lines += [record.getMessage() for record in warned.buffer]
+        else:
+            lines += [f"rows so far: {rows_text(rows, {})}", *tables_now(config)]
+        for channel, failure in send(to, f"{config.name} {what}", lines).items():
+            if failure:
+                log.warning("%s: %s", channel, failure)
+    return status
+
+
+def run_steps(run: Run, dry_run: bool, rows: dict[str, int]) -> str:
+    """Extracts, transforms, stages and loads. Raises PipelineError; then no target has changed.
+
+    Counts the rows of each table; returns a text that says how many it has now.
+    """
+    config, uploaded = run.config, {"files": 0, "bytes": 0}
+    # At exit, because a signal can come between any two lines here, but none after main().
+    atexit.register(shutil.rmtree, run.folder, ignore_errors=True)
+    run.folder.mkdir(mode=0o700)
+    log.info("%s from %s", run.id, public_url(config.url))
+    if not dry_run:
+        beside = ThreadPool(2)  # the download
+        s3 = beside.apply_async(aws_client, ["s3"])
+        credentials = beside.apply_async(read_credentials, [config.secret])
+    with step("extract") as figures:
+        body = extract(config, run.folder, figures)
+        figures["bytes"] = body.stat().st_size
+    with step("transform", {"rows": rows}):
+        to_s3 = None if dry_run else partial(upload, run, s3, uploaded)
+        staged = transform_to_parts(run, body, to_s3, rows)
+    if dry_run:
+        print_dry_run(run, staged, rows)
+        atexit.unregister(shutil.rmtree)
+        return rows_text(rows, {})
+    with step("stage", uploaded):
+        lineage = stage(run, body, staged, partial(upload, run, s3, uploaded))
+    with step("load") as figures:
+        changes = load(run, credentials.get(), s3.get().meta.region_name, rows, lineage)
+        figures["tables"] = len(changes)
+    context["step"] = "run"
+    seconds = (datetime.now(UTC) - run.started).total_seconds()
+    log.info("done: %s, %.1f s", rows_text(rows, changes), seconds)
+    return rows_text(rows, changes)
+
+
+def rows_text(rows: dict[str, int], changes: dict[str, tuple[int, int]]) -> str:
+    """The rows of each table: those loaded, or where it is known those there, with the change."""
+    texts = {name: f"{name} {loaded} rows" for name, loaded in rows.items()}
+    for name, (before, after) in changes.items():
+        texts[name] = f"{name} {after} rows ({after - before:+})"
+    return ", ".join(texts.values())
+
+
+def print_dry_run(run: Run, staged: list[PartWriter], rows: dict[str, int]) -> None:
     """Prints the files, the first rows and the SQL of a run that goes no further."""
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "<region>"
     for parts in staged:
         table = parts.table
-        print(f"\n-- {table.name}: {parts.rows} rows in", *parts.parts, sep="\n--   ")
+        print(f"\n-- {table.name}: {rows[table.name]} rows in", *parts.parts, sep="\n--   ")
         first = pd.read_csv(parts.parts[0], nrows=3, dtype=str, keep_default_na=False)
-        if parts.rows:
+        if rows[table.name]:
             print(first.replace(run.null, "NULL").T.to_string(header=False, max_colwidth=36))
         sqls = [create_sql(table), *copy_sql(run, table, region), doubles_sql(table)]
         print("", *sqls, *swap_sql(run, table), sep="\n\n", end="\n")
@@ -1346,13 +1716,17 @@ def main(arguments: list[str] | None = None) -> int:
     option("--source", help="URL (https, http, s3) or path to read instead of source.url")
     option("--dry-run", action="store_true", help="stop before S3; print first rows and SQL")
     option("--allow-shrink", action="store_true", help="replace rows by far fewer, this once")
-    option("--verbose", action="store_true", help="log the SQL")
+    option("--verbose", action="store_true", help="log the SQL, with its times")
+    option("--log-format", default=os.environ.get("LOG_FORMAT", "text"), help="text or json")
+    option("--test-alerts", action="store_true", help="send a test message to every channel")
     options = parser.parse_args(arguments)
-    form = logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
-    form.converter = time.gmtime
+    if options.log_format not in ("text", "json"):
+        parser.error(f"--log-format or $LOG_FORMAT: {options.log_format!r} is not text or json")
     handler = logging.StreamHandler()
-    handler.setFormatter(form)
+    handler.setFormatter(LogFormatter(options.log_format == "json"))
     log.addHandler(handler)
+    warned.setLevel(logging.WARNING)
+    log.addHandler(warned)
     log.propagate = False  # and nothing else is shown: urllib3 warns with whole URLs
     log.setLevel(logging.DEBUG if options.verbose else logging.INFO)
     # Nothing has been begun that has to be undone; and an import can lose an exception.
@@ -1362,16 +1736,28 @@ def main(arguments: list[str] | None = None) -> int:
         import_packages()
         on_signal(stop)
         config = replace(config, url=options.source or config.url)
-        run_pipeline(config, options.dry_run, options.allow_shrink)
+        if options.test_alerts:
+            return test_alerts(config)
+        return run_pipeline(config, options.dry_run, options.allow_shrink)
     except ConfigError as error:
-        log.error("%s", error)
+        log.error("%s", error, exc_info=True)
         return 2
-    except (PipelineError, OSError) as error:
-        log.error("%s", error)
-        return 1
+    except Stopped as stopped:
+        log.error("%s", stopped, exc_info=True)
+        return stopped.status
     finally:
         on_signal(signal.SIG_IGN)
-    return 0
+
+
+def test_alerts(config: Config) -> int:
+    """Sends a test message to every channel, prints how that went, and returns the exit status."""
+    what = f"{config.name} on {socket.gethostname()}: a test of its alerts"
+    results = send(channels(config, "test"), what, [])
+    for channel, failure in results.items():
+        print(f"{channel}: failed: {failure}" if failure else f"{channel}: sent")
+    if not results:
+        log.error("the configuration names no alerts")
+    return int(not results or any(results.values()))
 
 
 def on_signal(handler: Any) -> None:
@@ -1381,10 +1767,9 @@ def on_signal(handler: Any) -> None:
 
 
 def stop(number: int, _frame: Any) -> None:
-    """Ends the run on a signal; what has been begun is undone on the way out."""
+    """Ends the run on a signal; a second one is ignored."""
     on_signal(signal.SIG_IGN)
-    log.error("stopped by %s", signal.Signals(number).name)
-    raise SystemExit(128 + number)
+    raise Stopped(number)
 
 
 if __name__ == "__main__":
