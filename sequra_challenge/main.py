@@ -99,6 +99,25 @@ def import_packages() -> None:
 # --- configuration ------------------------------------------------------------------------------
 
 
+NAME = r"[a-z_][a-z0-9_]{0,126}"  # what Redshift can hold: it folds names to lower case
+PATH = r"[^.]+(\.[^.]+)*"
+ROLE = r"arn:aws[\w-]*:iam::\d{12}:role/[\w+=.@/-]+"
+SECRET = r"[\w/+=.@:-]+"
+TYPE = (
+    r"(boolean|smallint|integer|bigint|real|double precision|decimal\(\d{1,2},\d{1,2}\)"
+    r"|varchar\(\d{1,5}\)|date|timestamp|timestamptz|super)( not null)?"
+)
+
+
+def setting(section: str, rule: Any, *default: Any) -> Any:
+    """A field that the file sets in a section.
+
+    ``rule`` is a pattern; in a list it stands for one or several values, in a dict for the values
+    of any names. Without a default the setting is required.
+    """
+    return field(metadata={"section": section, "rule": rule, "default": default})
+
+
 @dataclass(frozen=True)
 class Column:
     """A column of a table, and the path of its value in the JSON of a row."""
@@ -133,112 +152,64 @@ class Table:
     """A target table: a row for each record, or with ``rows`` for each element of that array."""
 
     name: str
-    columns: tuple[Column, ...]
-    key: tuple[str, ...]
-    mode: str
-    rows: tuple[str, ...]
-    parent: str | None
-    sort_key: tuple[str, ...]
-    dist_key: tuple[str, ...]
-    min_rows: int
-    max_shrink: float
     staging: str  # the name of the temporary table
+    columns: tuple[Column, ...] = setting("tables", {"*": TYPE})
+    key: tuple[str, ...] = setting("tables", [NAME])
+    mode: str = setting("tables", "replace|upsert", "replace")
+    rows: tuple[str, ...] = setting("tables", PATH, "")
+    parent: str | None = setting("tables", r"(?!(position|value)$)[^.]+", None)
+    sort_key: tuple[str, ...] = setting("tables", [NAME], ())
+    dist_key: str | None = setting("tables", NAME, None)
+    min_rows: int = setting("tables", r"\d{1,15}", 1)
+    max_shrink: float = setting("tables", r"0|0?\.\d+|1(\.0)?", 0.2)
 
 
 @dataclass(frozen=True)
 class Config:
-    """What conf/pipeline.yaml says, checked: its settings under their own names."""
+    """What conf/pipeline.yaml says, checked."""
 
     name: str  # of the file: pipeline
-    url: str
-    records: str | None
-    next: str | None
-    max_pages: int
-    max_wait: int
-    headers: dict[str, str]
-    bucket: str
-    prefix: str
-    kms_key: str | None
-    part_mb: int
-    secret: str
-    copy_role: str | None
-    audit_table: str | None
-    connect_seconds: int
-    statement_seconds: int
-    on: tuple[str, ...]
-    slack_webhook_secret: str | None
-    sns_topic: str | None
-    heartbeat_url: str | None
     tables: tuple[Table, ...]
+    url: str = setting("source", r".+")
+    records: str | None = setting("source", PATH, None)
+    next: str | None = setting("source", PATH, None)
+    max_pages: int = setting("source", r"[1-9]\d{0,6}", 1000)
+    max_wait: int = setting("source", r"\d{1,5}", 900)
+    headers: dict[str, str] = setting("source", {"*": r"[^\r\n]+"}, {})  # noqa: RUF009
+    bucket: str = setting("staging", r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
+    prefix: str = setting("staging", r"[\w!.*()=-]+(/[\w!.*()=-]+)*")
+    kms_key: str | None = setting("staging", r"[\w:/-]+", None)
+    part_mb: int = setting("staging", r"[1-9]\d{0,3}", 64)  # compressed; COPY likes 1 MB to 1 GB
+    secret: str = setting("redshift", SECRET)
+    copy_role: str | None = setting("redshift", rf"{ROLE}(,{ROLE})*", None)
+    audit_table: str | None = setting("redshift", rf"{NAME}\.{NAME}", "public.etl_runs")
+    connect_seconds: int = setting("redshift", r"\d{1,5}", 120)
+    statement_seconds: int = setting("redshift", r"[1-9]\d{0,5}", 3600)
+    on: tuple[str, ...] = setting("alerts", ["failure|success"], ("failure",))
+    slack_webhook_secret: str | None = setting("alerts", SECRET, None)
+    sns_topic: str | None = setting("alerts", r"arn:aws[\w-]*:sns:[\w-]+:\d{12}:[\w.-]+", None)
+    heartbeat_url: str | None = setting("alerts", r"https?://.+", None)
 
 
-NAME = r"[a-z_][a-z0-9_]{0,126}"  # what Redshift can hold: it folds names to lower case
-PATH = r"[^.]+(\.[^.]+)*"
-ROLE = r"arn:aws[\w-]*:iam::\d{12}:role/[\w+=.@/-]+"
-TYPE = (
-    r"(boolean|smallint|integer|bigint|real|double precision|decimal\(\d{1,2},\d{1,2}\)"
-    r"|varchar\(\d{1,5}\)|date|timestamp|timestamptz|super)( not null)?"
-)
-# What the file holds: mappings, and patterns of the values in them. A pattern in a list stands for
-# one or several values; behind one in a tuple stands the default. "*" is any name.
-SCHEMA: dict[str, Any] = {
-    "source": {
-        "url": r".+",
-        "records": (PATH, None),
-        "next": (PATH, None),
-        "max_pages": (r"[1-9]\d{0,6}", 1000),
-        "max_wait": (r"\d{1,5}", 900),
-        "headers": ({"*": r"[^\r\n]+"}, {}),
-    },
-    "staging": {
-        "bucket": r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]",
-        "prefix": r"[\w!.*()=-]+(/[\w!.*()=-]+)*",
-        "kms_key": (r"[\w:/-]+", None),
-        "part_mb": (r"[1-9]\d{0,3}", 64),  # compressed; COPY's guide says 1 MB to 1 GB
-    },
-    "redshift": {
-        "secret": r"[\w/+=.@:-]+",
-        "copy_role": (rf"{ROLE}(,{ROLE})*", None),
-        "audit_table": (rf"{NAME}\.{NAME}", "public.etl_runs"),
-        "connect_seconds": (r"\d{1,5}", 120),
-        "statement_seconds": (r"[1-9]\d{0,5}", 3600),
-    },
-    "alerts": {
-        "on": (["failure|success"], ("failure",)),
-        "slack_webhook_secret": (r"[\w/+=.@:-]+", None),
-        "sns_topic": (r"arn:aws[\w-]*:sns:[\w-]+:\d{12}:[\w.-]+", None),
-        "heartbeat_url": (r"https?://.+", None),
-    },
-    "tables": {
-        "*": {
-            "columns": {"*": TYPE},
-            "key": [NAME],
-            "mode": ("replace|upsert", "replace"),
-            "rows": (PATH, ""),
-            "parent": (r"(?!(position|value)$)[^.]+", None),
-            "sort_key": ([NAME], ()),
-            "dist_key": ([NAME], ()),
-            "min_rows": (r"\d{1,15}", 1),
-            "max_shrink": (r"0|0?\.\d+|1(\.0)?", 0.2),
-        }
-    },
-}
-# What the load sets in each row.
+# What the load sets in each row, and what else Redshift has no room for in a table.
 META_COLUMNS = (Column(("_run_id",), "varchar(64)"), Column(("_loaded_at",), "timestamptz"))
-RESERVED = {column.name for column in META_COLUMNS}  # and Redshift's system columns
-RESERVED |= {"oid", "tableoid", "xmin", "cmin", "xmax", "cmax", "ctid", "insertxid", "deletexid"}
-# The audit table's columns, beside these two.
-AUDIT_COLUMNS = {
-    "table_name": "varchar(255)",
-    "mode": "varchar(16)",
-    "source": "varchar(4096)",
-    "manifest": "varchar(4096)",
-    "raw": "varchar(4096)",
-    "sha256": "varchar(64)",
-    "rows_before": "bigint",
-    "rows_loaded": "bigint",
-    "started_at": "timestamptz",
-}
+RESERVED = {"oid", "tableoid", "xmin", "cmin", "xmax", "cmax", "ctid", "insertxid", "deletexid"}
+RESERVED |= {column.name for column in META_COLUMNS}
+AUDIT_COLUMNS = (
+    "table_name varchar(255), mode varchar(16), source varchar(4096), manifest varchar(4096), "
+    "raw varchar(4096), sha256 varchar(64), rows_before bigint, rows_loaded bigint, "
+    "started_at timestamptz"
+)
+
+
+def _rules(kind: type, section: str) -> dict[str, tuple[Any, ...]]:
+    metadata = ((f.name, f.metadata) for f in fields(kind) if f.metadata)
+    return {n: (m["rule"], *m["default"]) for n, m in metadata if m["section"] == section}
+
+
+SCHEMA: dict[str, Any] = {
+    section: (_rules(Config, section),) for section in ("source", "staging", "redshift", "alerts")
+} | {"tables": ({"*": _rules(Table, "tables")},)}
 
 
 class _Loader(yaml.SafeLoader):
@@ -272,69 +243,62 @@ def load_config(path: Path) -> Config:
         _table(name, f"staging_{number}", settings)
         for number, (name, settings) in enumerate(sections.pop("tables").items(), 1)
     ]
-    for table in tables:
-        faults += [f"tables.{table.name}{fault}" for fault in _table_faults(table)]
+    faults += [f"tables.{table.name}{fault}" for table in tables for fault in _table_faults(table)]
     settings = {name: value for section in sections.values() for name, value in section.items()}
     settings["copy_role"] = settings["copy_role"] or os.environ.get("AWS_ROLE_ARN") or None
     for name, value in settings["headers"].items():
-        for variable in re.findall(r"\$\{(.*?)\}", value):
-            if not os.environ.get(variable):
-                faults.append(f"source.headers.{name}: ${variable} is not set in the environment")
-            value = value.replace(f"${{{variable}}}", os.environ.get(variable, ""))
-        settings["headers"][name] = value
+        text = os.path.expandvars(str(value))
+        if unset := re.search(r"\$\{\w+\}", text):
+            faults.append(f"source.headers.{name}: {unset[0]} is not set in the environment")
+        settings["headers"][name] = text
     if faults:
         raise ConfigError("\n  ".join([f"{path} has {len(faults)} fault(s):", *faults]))
-    return Config(path.stem, **settings, tables=tuple(tables))
+    return Config(path.stem, tuple(tables), **settings)
 
 
-def _checked(given: Any, schema: Any, at: str, faults: list[str]) -> Any:
-    """What the schema describes, with defaults and numbers; adds what is wrong to the faults."""
-    rule, default = schema if isinstance(schema, tuple) else (schema, None)
+def _checked(given: Any, rule: Any, at: str, faults: list[str], *default: Any) -> Any:
+    """What the file sets, with defaults and numbers; adds what is wrong with it to the faults."""
     missing = given in (None, "", "null", "~")
+    dot = f"{at}." if at else ""
     if isinstance(rule, dict):
-        if not isinstance(given, dict) and not missing:
-            faults.append(f"{at or 'the file'}: must be a mapping, not {shorten(given)}")
-        given = given if isinstance(given, dict) else {}
+        if not isinstance(given, dict):
+            if not missing:
+                faults.append(f"{at or 'the file'}: must be a mapping, not {shorten(given)}")
+            given = {}
         if "*" in rule:
-            if not given and missing and default is None:
+            if not given and not default:
                 faults.append(f"{at}: missing")
-            return {
-                name: _checked(v, rule["*"], f"{at}.{name}", faults) for name, v in given.items()
-            }
-        dot = f"{at}." if at else ""
+            return {str(n): _checked(v, rule["*"], f"{dot}{n}", faults) for n, v in given.items()}
         expected = " or ".join(rule)
         faults += [f"{dot}{n}: unknown key, expected {expected}" for n in given if n not in rule]
-        return {name: _checked(given.get(name), r, dot + name, faults) for name, r in rule.items()}
+        return {n: _checked(given.get(n), r, dot + n, faults, *d) for n, (r, *d) in rule.items()}
     if missing:
-        if not isinstance(schema, tuple):
+        if not default:
             faults.append(f"{at}: missing")
         # Null turns the audit table off; any other setting is then as if it were not there.
-        return None if given is not None and at == "redshift.audit_table" else default
+        return None if at == "redshift.audit_table" and given is not None else (*default, None)[0]
     if isinstance(rule, list):
         items = given if isinstance(given, list) else [given]
         return tuple(_checked(item, rule[0], at, faults) for item in items)
     if not isinstance(given, str) or not re.fullmatch(rule, given, re.ASCII):
         wrong = "unknown type" if rule is TYPE else f"must match {rule}, not"
         faults.append(f"{at}: {wrong} {given!r}")
-        return given if default is None else default
-    return type(default)(given) if isinstance(default, int | float) else given
+        return (*default, str(given))[0]
+    return type(default[0])(given) if default and isinstance(default[0], int | float) else given
 
 
 def _table(name: str, staging: str, settings: dict[str, Any]) -> Table:
     columns = []
     for path, text in settings["columns"].items():
         type_, _, not_null = str(text).partition(" not ")
-        columns.append(Column(tuple(str(path).split(".")), type_, bool(not_null)))
+        columns.append(Column(tuple(path.split(".")), type_, bool(not_null)))
     rows = tuple(settings["rows"].split(".")) if settings["rows"] else ()
-    return Table(
-        **settings | {"name": name, "staging": staging, "columns": tuple(columns), "rows": rows}
-    )
+    return Table(name, staging, **settings | {"columns": tuple(columns), "rows": rows})
 
 
 def _table_faults(table: Table) -> Iterator[str]:
     if not re.fullmatch(rf"{NAME}\.{NAME}", table.name):
         yield f": must be schema.table, each matching {NAME}"
-    kinds = {column.name: column.kind for column in table.columns}
     for column in table.columns:
         at = f".columns.{'.'.join(column.path)}"
         if not re.fullmatch(NAME, column.name) or not all(column.path):
@@ -349,10 +313,14 @@ def _table_faults(table: Table) -> Iterator[str]:
     for name, paths in Counter(column.name for column in table.columns).items():
         if paths > 1:
             yield f".columns: {paths} paths give the column {name!r}"
+    kinds = {column.name: column.kind for column in table.columns}
     for setting in ("key", "sort_key", "dist_key"):
-        for name in getattr(table, setting) or ():
+        names = getattr(table, setting) or ()
+        for name in [names] if isinstance(names, str) else names:
             if kinds.get(name, "super") == "super":
                 yield f".{setting}: {name!r} is not a column that can be compared"
+    if table.key == ():
+        yield ".key: must name the columns that no two rows share"
     if bool(table.rows) != bool(table.parent):
         yield ": rows and parent go together"
 
@@ -377,7 +345,7 @@ def extract(config: Config, folder: Path, figures: dict[str, Any]) -> Path:
         with http_session(config) as session:
             if config.records or config.next:
                 return download_pages(session, config, folder, figures)
-            download(session, config, config.url, target, figures)
+            download(session, config.url, target, config.max_wait, figures)
     elif parts.scheme == "s3":
         with aws_errors("read", config.url):
             aws_client("s3").download_file(parts.netloc, parts.path.lstrip("/"), str(target))
@@ -394,8 +362,7 @@ def http_session(config: Config) -> requests.Session:
     session.headers.update(config.headers)
 
     def keep_secrets(response: requests.Response, **_: Any) -> None:
-        to = urljoin(response.url, response.headers.get("Location", ""))
-        if session.should_strip_auth(response.url, to):  # type: ignore[no-untyped-call]
+        if is_elsewhere(response.url, urljoin(response.url, response.headers.get("Location", ""))):
             for name in config.headers:
                 response.request.headers.pop(name, None)
 
@@ -407,17 +374,22 @@ def http_session(config: Config) -> requests.Session:
     return session
 
 
+def is_elsewhere(url: str, other: str) -> bool:
+    """Whether what is secret for one URL must not be sent to the other."""
+    return bool(requests.Session().should_strip_auth(url, other))  # type: ignore[no-untyped-call]
+
+
 def download(
-    session: requests.Session, config: Config, url: str, target: Path, figures: dict[str, Any]
+    session: requests.Session, url: str, target: Path, max_wait: float, figures: dict[str, Any]
 ) -> None:
     """GETs the URL into the file.
 
     Tried again after what Retry-After asks for, else with exponential back-off and jitter:
     connection errors, time-outs, a body that ends early, 500, 502, 503 and 504 a few times, and
-    429 as long as all that is waited for one answer stays below ``source.max_wait``.
+    429 until ``max_wait`` seconds would have been waited.
     """
     before = figures.get("bytes", 0)
-    started, tries = time.monotonic(), 0
+    tries, give_up = 0, time.monotonic() + max_wait
     while True:
         tries += 1
         wait = min(2**tries, 60) * random.uniform(0.5, 1)
@@ -433,49 +405,42 @@ def download(
                 return
         except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError) as error:
             status = getattr(getattr(error, "response", None), "status_code", None)
-            again = status in (429, 500, 502, 503, 504) or is_broken(error)
-            again &= tries < HTTP_TRIES or status == 429
-            reason = error_text(error)
-        if not again:
+            reason, is_transient = error_text(error)
+        if not is_transient or (tries == HTTP_TRIES and status != 429):
             raise PipelineError(f"GET {public_url(url)}: {reason}, attempt {tries}")
-        if time.monotonic() - started + wait > config.max_wait:
-            raise PipelineError(
-                f"GET {public_url(url)}: {reason}, attempt {tries}; another one in {wait:.0f} s "
-                f"would be after source.max_wait, {config.max_wait} s"
-            )
-        until = datetime.now(UTC) + timedelta(seconds=wait)
-        log.warning("%s, trying again in %.1f s, at %s", reason, wait, f"{until:%H:%M:%SZ}")
+        at = datetime.now(UTC) + timedelta(seconds=wait)
+        again = f"again in {wait:.1f} s, at {at:%H:%M:%SZ}"
+        if time.monotonic() + wait > give_up:
+            limit = f"source.max_wait, {max_wait} s"
+            raise PipelineError(f"GET {public_url(url)}: {reason}; {again}, would be after {limit}")
+        log.warning("%s, trying %s", reason, again)
         time.sleep(wait)
 
 
-def is_broken(error: BaseException) -> bool:
-    """Whether the connection failed, which may be otherwise the next time."""
-    kinds = (
-        requests.ConnectionError,
-        requests.Timeout,
-        requests.exceptions.ChunkedEncodingError,
-        requests.exceptions.ContentDecodingError,
-    )
-    return isinstance(error, kinds) and not isinstance(
-        root_cause(error), ssl.SSLCertVerificationError
-    )
+def error_text(error: Exception) -> tuple[str, bool]:
+    """What a request failed for, and whether that may be otherwise the next time.
 
-
-def error_text(error: BaseException) -> str:
-    """What a request failed for, without the URL: the messages of requests hold it."""
+    Without the URL, which may be a secret and stands in the messages of requests.
+    """
     if isinstance(error, requests.HTTPError):
-        return f"HTTP {error.response.status_code} {error.response.reason}"
-    if isinstance(error, requests.ConnectionError | requests.Timeout) or is_broken(error):
-        return f"{type(error).__name__}: {root_cause(error)}"
-    if isinstance(error, requests.RequestException | urllib3.exceptions.HTTPError | ValueError):
-        return type(error).__name__
-    return str(error)
-
-
-def root_cause(error: BaseException) -> BaseException:
-    """The innermost error: the messages of those around it may hold the URL and its query."""
-    inner = error.__cause__ or error.__context__
-    return root_cause(inner) if inner else error
+        status = error.response.status_code
+        return f"HTTP {status} {error.response.reason}", status in (429, 500, 502, 503, 504)
+    if isinstance(
+        error,
+        requests.ConnectionError
+        | requests.Timeout
+        | requests.exceptions.ChunkedEncodingError
+        | requests.exceptions.ContentDecodingError,
+    ):
+        cause: BaseException = error
+        while inner := cause.__cause__ or cause.__context__:
+            cause = inner
+        is_transient = not isinstance(cause, ssl.SSLCertVerificationError)
+        return f"{type(error).__name__}: {cause}", is_transient
+    is_of_http = isinstance(
+        error, requests.RequestException | urllib3.exceptions.HTTPError | ValueError
+    )
+    return type(error).__name__ if is_of_http else str(error), False
 
 
 def download_pages(
@@ -487,55 +452,48 @@ def download_pages(
     there. Within one page it stays twice, for the check of the keys.
     """
     keys = [c.path for t in config.tables if not t.rows for c in t.columns if c.name in t.key]
-    page_of: dict[str, int] = {}
-    written: list[tuple[str, int]] = []
+    last_page: dict[str, int] = {}
+    lines: list[tuple[str, int]] = []
     seen: set[str] = set()
     url = config.url
     with (folder / "pages").open("w") as file:
         while url:
-            if url in seen:
-                raise PipelineError(
-                    f"page {len(seen) + 1} is a page that was there before: {public_url(url)}"
-                )
-            if len(seen) == config.max_pages:
-                raise PipelineError(
-                    f"there are more pages than source.max_pages, {config.max_pages}"
-                )
+            page = len(seen) + 1
+            if url in seen or page > config.max_pages or is_elsewhere(config.url, url):
+                rule = "was there before" if url in seen else "is on another host"
+                rule = rule if page <= config.max_pages else "is one more than source.max_pages"
+                raise PipelineError(f"page {page}, {public_url(url)}, {rule}")
             seen.add(url)
-            download(session, config, url, folder / "response", figures)
-            records, following = read_page(config, url, folder / "response")
+            download(session, url, folder / "response", config.max_wait, figures)
+            records, url = read_page(config, url, folder / "response")
             for record in records:
                 key = dump_exactly([dig(record, path) for path in keys or [()]])
-                page_of[key] = len(seen)
-                written.append((key, len(seen)))
+                last_page[key] = page
+                lines.append((key, page))
                 file.write(dump_exactly(record) + "\n")
-            figures |= {"pages": len(seen), "records": len(page_of)}
-            if session.should_strip_auth(config.url, following or url):  # type: ignore[no-untyped-call]
-                raise PipelineError(f"the next page is on another host: {public_url(following)}")
-            url = following
-    target = folder / "response.ndjson"
-    with (folder / "pages").open() as pages, target.open("w") as file:
-        file.writelines(
-            line for line, (key, page) in zip(pages, written, strict=True) if page_of[key] == page
-        )
-    return target
+            figures |= {"pages": page, "records": len(last_page)}
+    with (folder / "pages").open() as pages, (folder / "response.ndjson").open("w") as file:
+        for line, (key, page) in zip(pages, lines, strict=True):
+            file.write(line if last_page[key] == page else "")
+    return folder / "response.ndjson"
 
 
 def read_page(config: Config, url: str, file: Path) -> tuple[list[Any], str]:
     """The records in one answer, and the URL of the next page, which is "" after the last."""
-    with open_body(file) as body:
-        try:
+    try:
+        with open_body(file) as body:
             page = json.load(body, parse_float=Decimal)
-        except (ValueError, ArithmeticError, RecursionError) as error:
-            raise PipelineError(f"GET {public_url(url)}: not JSON: {error}") from None
+    except (ValueError, ArithmeticError, RecursionError) as error:
+        raise PipelineError(f"GET {public_url(url)}: not JSON: {error}") from None
     records = dig(page, config.records.split(".") if config.records else ())
-    if not isinstance(records, list):
-        raise PipelineError(
-            f"GET {public_url(url)}: no array at {config.records}: {shorten(page, 200)}"
-        )
     following = dig(page, config.next.split(".")) if config.next else None
-    if not isinstance(following, str | NoneType):
-        raise PipelineError(f"GET {public_url(url)}: no URL at {config.next}: {shorten(following)}")
+    if not isinstance(records, list) or not isinstance(following, str | NoneType):
+        what = (
+            "text or null at source.next"
+            if isinstance(records, list)
+            else "array at source.records"
+        )
+        raise PipelineError(f"GET {public_url(url)}: no {what}: {shorten(page, 200)}")
     return records, urljoin(url, following) if following else ""
 
 
@@ -789,13 +747,10 @@ def convert(column: Column, in_key: bool, values: list[Any]) -> Any:
                 raise Unfit(f"is outside {-limit} to {limit - 1}")
             return pd.array(values, dtype="Int64")
         case "real" | "double precision":
-            numbers = _only(values, "a number", int, Decimal)
             limits = np.finfo(np.float32 if column.kind == "real" else np.float64)
-            with np.errstate(over="ignore"):
-                sizes = np.abs(np.array([float(Decimal(n)) for n in numbers], limits.dtype))
-            fits = (sizes >= limits.tiny) & (sizes <= limits.max)
-            if not all(fits | np.array([number == 0 for number in numbers], dtype=bool)):
-                raise Unfit(f"is outside the range of {column.kind}")
+            for number in _only(values, "a number", int, Decimal):
+                if number and not limits.tiny <= abs(float(Decimal(number))) <= limits.max:
+                    raise Unfit(f"is outside the range of {column.kind}")
             return pd.array([None if v is None else float(v) for v in values], dtype="Float64")
         case "decimal":
             _only(values, "a number", int, Decimal)
@@ -1134,7 +1089,7 @@ def create_sql(table: Table) -> str:
     columns = ",\n  ".join(column.sql for column in (*table.columns, *META_COLUMNS))
     sql = f"CREATE TABLE IF NOT EXISTS {quoted(table.name)} (\n  {columns}\n)"
     if table.dist_key:
-        sql += f"\nDISTKEY ({quoted(*table.dist_key)})"
+        sql += f"\nDISTKEY ({quoted(table.dist_key)})"
     if table.sort_key:
         sql += f"\nCOMPOUND SORTKEY ({quoted(*table.sort_key)})"
     return sql
@@ -1426,7 +1381,8 @@ def refuse_shrinking(table: Table, before: int, after: int) -> None:
 
 def audit_tables(config: Config) -> list[Table]:
     """The table that gets a row for each run and table, unless it is turned off."""
-    settings = _checked({"columns": AUDIT_COLUMNS, "key": []}, SCHEMA["tables"]["*"], "", [])
+    columns = dict(column.split(" ") for column in AUDIT_COLUMNS.split(", "))
+    settings = _checked({"columns": columns, "key": []}, _rules(Table, "tables"), "", [])
     return [_table(config.audit_table, "", settings)] if config.audit_table else []
 
 
@@ -1498,7 +1454,7 @@ def send(
 ) -> dict[str, str]:
     """Sends a message, with its first line apart; returns for each channel what failed, or ""."""
     calls = {name: partial(call, masked(first), [*map(masked, lines)]) for name, call in to.items()}
-    return {n: error_text(e) if e else "" for n, e in in_time(calls, ALERT_SECONDS / 2)}
+    return {n: error_text(e)[0] if e else "" for n, e in in_time(calls, ALERT_SECONDS / 2)}
 
 
 def send_slack(secret: str, first: str, lines: list[str]) -> None:
@@ -1543,7 +1499,7 @@ def tables_now(config: Config) -> list[str]:
                     yield f"{table.name}: {error}"
 
     ((_, lines),) = in_time({"": lambda: list(look())}, ALERT_SECONDS / 2)
-    return lines if isinstance(lines, list) else [f"tables: not known, {error_text(lines)}"]
+    return lines if isinstance(lines, list) else [f"tables: not known, {error_text(lines)[0]}"]
 
 
 # --- run ----------------------------------------------------------------------------------------
