@@ -759,9 +759,7 @@ def convert(column: Column, in_key: bool, values: list[Any]) -> Any:
             _check_texts(_only(values, "a text", str), column.arguments[0])
             return pd.Series(values, dtype=object)
         case "super":
-            texts = _texts(values, _super)
-            _check_texts(texts.dropna().tolist(), 16 << 20)
-            return texts
+            return pd.Series(_super(values), dtype=object)
         case kind:
             return _times(values, kind)
 
@@ -790,20 +788,23 @@ def _check_texts(texts: list[str], most: int) -> None:
         raise Unfit("has a NUL character, which Redshift cannot hold")
 
 
-# A number with a fraction becomes the nearest double, as most readers of JSON take it.
-_dump_super = json.JSONEncoder(
-    ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=float
-).encode
-
-
-def _super(value: Any) -> str:
+def _super(values: list[Any]) -> list[str | None]:
+    """The values as JSON. One call for all is several times as fast as one for each."""
+    mark = secrets.token_hex(8)
+    marked = [part for value in values for part in (value, mark)]
     try:
-        text = _dump_super(value)
+        # A number with a fraction becomes the nearest double, as most readers of JSON take it.
+        text = json.dumps(
+            marked, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=float
+        )
     except (ValueError, RecursionError) as error:  # NaN, Infinity; nested too deeply
         raise Unfit(f"is not JSON that super holds: {error}") from None
-    if len(text) > 65_535 // 4 or "\\u0000" in text:
-        _check_texts(list(_texts_in(value)), 65_535)
-    return text
+    texts = f"{text[1:-1]},".split(f',"{mark}",')[:-1]
+    _check_texts(texts, 16 << 20)
+    for value, text in zip(values, texts, strict=True):
+        if len(text) > 65_535 // 4 or "\\u0000" in text:
+            _check_texts(list(_texts_in(value)), 65_535)
+    return [None if v is None else text for v, text in zip(values, texts, strict=True)]
 
 
 def _texts_in(value: Any) -> Iterator[str]:
@@ -918,10 +919,10 @@ def csv_rows(frame: pd.DataFrame, null: str) -> str:
     The csv module cannot do that, and before Python 3.13 leaves a lone carriage return unquoted.
     """
 
-    def cells(column: pd.Series) -> list[str]:
+    def cells(column: pd.Series) -> Iterable[str]:
         if column.dtype == object:
             return [null if c is None else '"' + c.replace('"', '""') + '"' for c in column]
-        return [null if c is pd.NA else str(c) for c in column]
+        return map(str, column.to_numpy(object, na_value=null))
 
     lines = zip(*(cells(column) for _, column in frame.items()), strict=True)
     return "".join(",".join(line) + "\n" for line in lines)
@@ -1411,9 +1412,9 @@ def copy_error(cursor: Any) -> str | None:
 _secrets: set[str] = set()
 
 
-def hide(*values: str) -> None:
-    """Has these texts masked in every log line and alert."""
-    _secrets.update(value for value in values if len(value) > 7)
+def hide(*values: str | None) -> None:
+    """Has these texts masked in every log line and alert, though none should get there."""
+    _secrets.update(value for value in values if value and len(value) > 7)
 
 
 def masked(text: str) -> str:
@@ -1464,7 +1465,7 @@ def send_slack(secret: str, first: str, lines: list[str]) -> None:
         url = {name.lower(): str(value) for name, value in json.loads(url).items()}.get("url", "")
     if not re.match("https?://", url):
         raise PipelineError(f"the secret {secret} holds no URL")
-    hide(url)
+    hide(url, urlsplit(url).path)
     texts = [html.escape(text, quote=False)[:2900] for text in (first, "\n".join(lines)) if text]
     blocks = [{"type": "section", "text": {"type": "mrkdwn", "text": text}} for text in texts]
     message = {"text": texts[0], "blocks": blocks}
@@ -1505,7 +1506,7 @@ def tables_now(config: Config) -> list[str]:
 # --- run ----------------------------------------------------------------------------------------
 
 
-context = {"step": "run"}  # what each log line says beside its message: run_id, step
+context = {"step": "configuration"}  # what each log line says beside its message: run_id, step
 warned = MemoryHandler(1000, flushLevel=sys.maxsize)  # keeps the warnings for the alerts
 
 
@@ -1581,7 +1582,7 @@ def step(name: str, figures: dict[str, Any] | None = None) -> Iterator[dict[str,
 def run_pipeline(config: Config, dry_run: bool = False, allow_shrink: bool = False) -> int:
     """Runs the pipeline once, tells people how it went, and returns the exit status."""
     run = Run(config, Path(tempfile.gettempdir(), f"sequra-{secrets.token_hex(8)}"), allow_shrink)
-    context["run_id"] = run.id
+    context.update(run_id=run.id, step="run")
     rows: dict[str, int] = {}
     event, status, what = "success", 0, "succeeded"
     try:
@@ -1692,6 +1693,8 @@ def main(arguments: list[str] | None = None) -> int:
         import_packages()
         on_signal(stop)
         config = replace(config, url=options.source or config.url)
+        heartbeat = urlsplit(config.heartbeat_url or "")
+        hide(*config.headers.values(), heartbeat.query, heartbeat.path)
         if options.test_alerts:
             return test_alerts(config)
         return run_pipeline(config, options.dry_run, options.allow_shrink)
