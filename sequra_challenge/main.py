@@ -1291,7 +1291,8 @@ def prepare_targets(cursor: Any, config: Config) -> None:
     if faults:
         raise PipelineError("\n  ".join(["tables differ from the configuration:", *faults]))
     for sql in changes:
-        log.warning("%s", sql.partition(" (")[0])
+        level = logging.WARNING if sql.startswith("ALTER") else logging.INFO
+        log.log(level, "%s", sql.partition(" (")[0])
         execute(cursor, sql)
 
 
@@ -1599,7 +1600,7 @@ def run_pipeline(config: Config, dry_run: bool = False, allow_shrink: bool = Fal
         if event == "success":
             lines += [record.getMessage() for record in warned.buffer]
         else:
-            lines += [f"rows so far: {rows_text(rows, {})}", *tables_now(config)]
+            lines += [f"rows so far: {rows_text(rows, {}) or 'none'}", *tables_now(config)]
         for channel, failure in send(to, f"{config.name} {what}", lines).items():
             if failure:
                 log.warning("%s: %s", channel, failure)
