@@ -1,0 +1,168 @@
+"""The DAG in a real Airflow: a day with pipelines that load, fail, are stopped, and are wrong."""
+
+from __future__ import annotations
+
+import email.policy
+import json
+import os
+import signal
+import socketserver
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from email.message import EmailMessage
+from functools import partial
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sandbox import PASSWORD, ROOT, SECRET_KEY, Sandbox, Source, answer
+
+DAG = ROOT / "conf" / "airflow" / "sequra_challenge_dag.py"
+PIPELINE = yaml.safe_load((ROOT / "conf" / "pipeline.yaml").read_bytes())
+WEBHOOK_TOKEN = "T0/B0/Sl4ckT0ken"
+
+
+@pytest.fixture
+def airflow() -> Path:
+    """The command of an Airflow in an environment of its own, which stays for the next time."""
+    environment = ROOT / ".cache" / "airflow"
+    uv = [sys.executable, "-m", "uv", "--quiet"]
+    subprocess.run([*uv, "venv", "--allow-existing", "-p", sys.executable, environment], check=True)
+    pins = ROOT / "tests" / "requirements-airflow.txt"
+    subprocess.run(
+        [*uv, "pip", "sync", "--python", environment / "bin" / "python", pins], check=True
+    )
+    return environment / "bin" / "airflow"
+
+
+@pytest.fixture
+def mailbox() -> Iterator[tuple[int, list[EmailMessage]]]:
+    """The port of an SMTP server, and the mails that it got."""
+    mails: list[EmailMessage] = []
+
+    class Handler(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            self.wfile.write(b"220 ready\r\n")
+            for line in self.rfile:
+                if line.upper() == b"DATA\r\n":
+                    self.wfile.write(b"354 go on\r\n")
+                    content = b"".join(iter(self.rfile.readline, b".\r\n"))
+                    mails.append(email.message_from_bytes(content, policy=email.policy.default))
+                self.wfile.write(b"250 ok\r\n")
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        yield server.server_address[1], mails
+        server.shutdown()
+
+
+def test_each_pipeline_is_a_task_that_airflow_tries_again_and_reports(
+    airflow: Path,
+    mailbox: tuple[int, list[EmailMessage]],
+    sandbox: Sandbox,
+    tmp_path: Path,
+) -> None:
+    home = installation(tmp_path / "home", sandbox.source.url)
+    port, mails = mailbox
+    chat: list[str] = []
+    with Source() as slack:
+        slack.answers = [lambda handler: chat.append(message(handler))] * 10
+        environment = sandbox.child_environment(
+            AIRFLOW_HOME=str(tmp_path / "airflow"),
+            AIRFLOW__CORE__DAGS_FOLDER=str(DAG.parent),
+            AIRFLOW__CORE__DEFAULT_TASK_RETRY_DELAY="0",
+            AIRFLOW__CORE__LOAD_EXAMPLES="false",
+            AIRFLOW_CONN_SLACK_DEFAULT=json.dumps(
+                {"conn_type": "slackwebhook", "password": f"{slack.url}/{WEBHOOK_TOKEN}"}
+            ),
+            AIRFLOW_CONN_SMTP_DEFAULT=json.dumps(
+                {
+                    "conn_type": "smtp",
+                    "host": "127.0.0.1",
+                    "port": port,
+                    "extra": {"disable_ssl": True, "disable_tls": True, "from_email": "af@test"},
+                }
+            ),
+            SEQURA_CHALLENGE_HOME=str(home),
+            SEQURA_CHALLENGE_SLACK="slack_default",
+            SEQURA_CHALLENGE_EMAIL="etl@test,oncall@test",
+        )
+        subprocess.run([airflow, "db", "migrate"], env=environment, check=True, timeout=120)
+        command = [airflow, "dags", "test", "sequra_challenge"]
+        with (tmp_path / "log").open("w+", encoding="utf-8") as file:
+            day = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
+            sandbox.source.answers = [partial(serve, sandbox, day.pid)] * 10
+            try:
+                status = day.wait(timeout=240)
+            finally:
+                day.kill()
+            file.seek(0)
+            log = file.read()
+    assert status == 1, log  # one pipeline fails, one is wrong
+
+    # What Airflow told, and on which try: 404 was tried again, a wrong configuration was not.
+    told = {text.split("\n")[0]: text for text in chat}
+    assert sorted(told) == [
+        "sequra_challenge: launches loaded",
+        "sequra_challenge: missing failed on try 4",
+        "sequra_challenge: stopped loaded",
+        "sequra_challenge: wrong failed on try 1",
+    ], log
+    assert len(chat) == 4
+    assert "done: public.launches 30 rows" in told["sequra_challenge: launches loaded"]
+    assert "404" in told["sequra_challenge: missing failed on try 4"]
+    wrong = told["sequra_challenge: wrong failed on try 1"]
+    assert "&lt;!channel&gt;" in wrong  # and nobody's telephone rings for a name in a file
+    assert sorted(mail["Subject"] for mail in mails) == sorted(told)
+    assert {mail["To"] for mail in mails} == {"etl@test, oncall@test"}
+    shown = mails[chat.index(wrong)].get_body().get_content()
+    assert "&lt;!channel&gt;" in shown
+
+    assert sandbox.source.requests.count("/missing") == 4
+    assert "stopped by SIGTERM" in log
+    loaded = sandbox.query("SELECT source, rows_loaded FROM public.etl_runs")
+    assert sorted((Path(row["source"]).name, row["rows_loaded"]) for row in loaded) == [
+        ("launches", 30),
+        ("launches", 38),
+        ("stopped", 30),
+        ("stopped", 38),
+    ]
+    assert not [line for line in log.splitlines() if "py.warnings" in line and DAG.name in line]
+    assert not [secret for secret in (PASSWORD, SECRET_KEY, WEBHOOK_TOKEN) if secret in log]
+
+
+def installation(home: Path, url: str) -> Path:
+    """The program as it is installed for Airflow, with four pipelines."""
+    (home / "conf" / "aws").mkdir(parents=True)
+    (home / "conf" / "aws" / "stack.yaml").write_text("# no pipeline\n", encoding="utf-8")
+    (home / ".venv").symlink_to(sys.prefix)
+    (home / "sequra_challenge").symlink_to(ROOT / "sequra_challenge")
+    for name in ("launches", "missing", "stopped", "wrong"):
+        address = {"url": url.replace("/v5/launches", f"/{name}")}
+        config = PIPELINE | {"source": PIPELINE["source"] | address}
+        if name == "wrong":
+            config["<!channel>"] = 1
+        (home / "conf" / f"{name}.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    return home
+
+
+def serve(sandbox: Sandbox, airflow: int, handler: BaseHTTPRequestHandler) -> None:
+    """Answers a pipeline's request; while the first to /stopped waits, Airflow gets SIGTERM."""
+    if handler.path == "/missing":
+        answer(handler, 404)
+    elif handler.path == "/stopped" and sandbox.source.requests.count("/stopped") == 1:
+        os.kill(airflow, signal.SIGTERM)
+        handler.connection.recv(1)  # returns when the program has gone
+    else:
+        answer(handler, 200, sandbox.source.body)
+
+
+def message(handler: BaseHTTPRequestHandler) -> str:
+    """The text that Slack was sent."""
+    text = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))["text"]
+    answer(handler, 200, b"ok")
+    return text
