@@ -113,7 +113,7 @@ def test_each_pipeline_is_a_task_that_airflow_tries_again_and_reports(
         "sequra_challenge: wrong failed on try 1",
     ], log
     assert len(chat) == 4
-    assert "done: public.launches 30 rows" in told["sequra_challenge: launches loaded"]
+    assert "public.launches 30 rows" in told["sequra_challenge: launches loaded"]
     assert "404" in told["sequra_challenge: missing failed on try 4"]
     wrong = told["sequra_challenge: wrong failed on try 1"]
     assert "&lt;!channel&gt;" in wrong  # and nobody's telephone rings for a name in a file
