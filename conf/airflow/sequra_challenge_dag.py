@@ -12,8 +12,8 @@ Environment of Airflow's DAG processor and workers:
 | `SEQURA_CHALLENGE_SLACK` | id of a Slack Incoming Webhook connection to tell the outcome to |
 | `SEQURA_CHALLENGE_EMAIL` | addresses to mail it to, by the connection `smtp_default` |
 
-Airflow alerts here, so leave Slack and SNS out of the pipelines' own `alerts`: the program knows
-nothing of later tries.
+Airflow alerts here, after the last try. The program knows nothing of later tries, so leave
+`slack_webhook_secret` and `sns_topic` in the pipelines' own `alerts` null; `heartbeat_url` can stay.
 """
 
 from __future__ import annotations
