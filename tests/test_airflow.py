@@ -5,6 +5,7 @@ from __future__ import annotations
 import email.policy
 import json
 import os
+import re
 import signal
 import socketserver
 import subprocess
@@ -17,12 +18,11 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
-import yaml
 
 from sandbox import PASSWORD, ROOT, SECRET_KEY, Sandbox, Source, answer
 
 DAG = ROOT / "conf" / "airflow" / "sequra_challenge_dag.py"
-PIPELINE = yaml.safe_load((ROOT / "conf" / "pipeline.yaml").read_bytes())
+PIPELINE = (ROOT / "conf" / "pipeline.yaml").read_text(encoding="utf-8")
 WEBHOOK_TOKEN = "T0/B0/Sl4ckT0ken"
 
 
@@ -142,11 +142,10 @@ def installation(home: Path, url: str) -> Path:
     (home / ".venv").symlink_to(sys.prefix)
     (home / "sequra_challenge").symlink_to(ROOT / "sequra_challenge")
     for name in ("launches", "missing", "stopped", "wrong"):
-        address = {"url": url.replace("/v5/launches", f"/{name}")}
-        config = PIPELINE | {"source": PIPELINE["source"] | address}
-        if name == "wrong":
-            config["<!channel>"] = 1
-        (home / "conf" / f"{name}.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+        address = url.replace("/v5/launches", f"/{name}")
+        text = re.sub(r"(?m)^  url: \S+", f"  url: {address}", PIPELINE, count=1)
+        text += '"<!channel>": 1\n' * (name == "wrong")
+        (home / "conf" / f"{name}.yaml").write_text(text, encoding="utf-8")
     return home
 
 

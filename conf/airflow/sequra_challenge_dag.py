@@ -13,7 +13,8 @@ Environment of Airflow's DAG processor and workers:
 | `SEQURA_CHALLENGE_EMAIL` | addresses to mail it to, by the connection `smtp_default` |
 
 Airflow alerts here, after the last try. The program knows nothing of later tries, so leave
-`slack_webhook_secret` and `sns_topic` in the pipelines' own `alerts` null; `heartbeat_url` can stay.
+`slack_webhook_secret` and `sns_topic` of the pipelines' own `alerts` null. `heartbeat_url` can
+stay.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ with DAG(
     max_active_runs=1,
     user_defined_filters={"escaped": lambda text: html.escape(str(text), quote=False)},
     default_args={
-        "retries": 3,  # the first after Airflow's default_task_retry_delay, 5 minutes
+        "retries": 3,  # the first after 5 to 10 minutes: Airflow's default_task_retry_delay
         "retry_exponential_backoff": 2,
         "execution_timeout": timedelta(hours=3),
         "on_failure_callback": report("failed on try {{ ti.try_number }}", "exception"),
