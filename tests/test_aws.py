@@ -1,0 +1,617 @@
+"""What the README says of AWS: the stack, its two roles, instance metadata, the database's GRANTs.
+
+The stack is created in moto, through CloudFormation. Moto has no instance metadata and ignores the
+resources that policies name, so these two are played here, by `Metadata` and `Gateway`.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import random
+import re
+import ssl
+import threading
+from ast import literal_eval
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from fnmatch import fnmatchcase
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, ClassVar, Self
+from urllib.parse import parse_qs, urlsplit
+
+import boto3
+import cfnlint
+import pytest
+import urllib3
+import yaml
+from moto.core.common_models import CloudFormationModel
+from moto.secretsmanager.models import secretsmanager_backends
+from moto.secretsmanager.utils import random_password
+
+from sandbox import DATABASE, REGION, ROOT, SAMPLE, SECRET, Sandbox, answer
+from sequra_challenge import main
+
+STACK = ROOT / "conf" / "aws" / "stack.yaml"
+README = (ROOT / "README.md").read_text()
+KEY = f"arn:aws:kms:{REGION}:123456789012:key/1c5d1b9e-0000-4000-8000-9d1b6cfb9f1f"
+USER = "etl"
+
+
+class Server(ThreadingHTTPServer):
+    """An HTTP server on loopback, or with ``tls`` an HTTPS server; use it as a context manager."""
+
+    def __init__(
+        self,
+        handle: Callable[[BaseHTTPRequestHandler, bytes], None],
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"  # or botocore waits for the answer to its Expect header
+
+            def do_GET(self) -> None:
+                handle(self, self.rfile.read(int(self.headers.get("Content-Length", 0))))
+
+            do_HEAD = do_PUT = do_POST = do_DELETE = do_GET
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        super().__init__(("127.0.0.1", 0), Handler)
+        if tls:
+            self.socket = tls.wrap_socket(self.socket, server_side=True)
+        self.url = f"http{'s' if tls else ''}://localhost:{self.server_port}"
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+        self.server_close()
+
+
+# --- instance metadata --------------------------------------------------------------------------
+
+
+class Metadata(Server):
+    """The metadata of an EC2 instance that only speaks IMDSv2, with the credentials of its role."""
+
+    def __init__(self, credentials: dict[str, Any]) -> None:
+        super().__init__(self.handle)
+        shown = {
+            "Code": "Success",
+            "Type": "AWS-HMAC",
+            "LastUpdated": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
+            "AccessKeyId": credentials["AccessKeyId"],
+            "SecretAccessKey": credentials["SecretAccessKey"],
+            "Token": credentials["SessionToken"],
+            "Expiration": f"{datetime.now(UTC) + timedelta(hours=6):%Y-%m-%dT%H:%M:%SZ}",
+        }
+        self.documents = {
+            "/latest/meta-data/placement/availability-zone/": f"{REGION}b",
+            "/latest/meta-data/iam/security-credentials/": "loader",
+            "/latest/meta-data/iam/security-credentials/loader": json.dumps(shown),
+        }
+
+    def handle(self, request: BaseHTTPRequestHandler, _: bytes) -> None:
+        document = self.documents.get(request.path)
+        if request.command == "PUT" and request.path == "/latest/api/token":
+            lifetime = request.headers["X-aws-ec2-metadata-token-ttl-seconds"]
+            answer(request, 200 if 1 <= int(lifetime) <= 21600 else 400, b"t0ken")
+        elif request.headers["X-aws-ec2-metadata-token"] != "t0ken":
+            answer(request, 401)
+        else:
+            answer(request, 200 if document else 404, (document or "").encode())
+
+
+class Slack(Server):
+    """Incoming webhooks; ``posts`` are the messages."""
+
+    def __init__(self, tls: ssl.SSLContext) -> None:
+        super().__init__(self.handle, tls)
+        self.posts: list[str] = []
+
+    def handle(self, request: BaseHTTPRequestHandler, body: bytes) -> None:
+        self.posts.append(body.decode())
+        answer(request, 200, b"ok")
+
+
+# --- IAM ----------------------------------------------------------------------------------------
+
+
+class Gateway(Server):
+    """Stands before moto, and lets pass what the policies of the request's role allow.
+
+    ``used`` has the actions of each role; ``broken`` tells which requests fail all the same.
+    """
+
+    def __init__(self, stack: Stack) -> None:
+        super().__init__(self.handle)
+        self.stack = stack
+        self.used: dict[str, set[str]] = {"InstanceRole": set(), "CopyRole": set()}
+        self.broken: Callable[[str], bool] = lambda path: False
+        self.pool = urllib3.PoolManager()
+
+    def handle(self, request: BaseHTTPRequestHandler, body: bytes) -> None:
+        name = re.findall(r"Credential=(\w+)/", request.headers["Authorization"])[0]
+        role = next((r for r in self.used if self.stack.keys[r]["AccessKeyId"] == name), "")
+        if not role or (
+            request.headers["X-Amz-Security-Token"] != self.stack.keys[role]["SessionToken"]
+        ):
+            answer(request, 403, b"InvalidClientTokenId")
+            return
+        for action, resource in self.needed(request, body):
+            self.used[role].add(action)
+            if not self.stack.allows(role, action, resource):
+                self.deny(request, f"{role} is not authorized to perform: {action} on {resource}")
+                return
+        if self.broken(request.path):
+            self.deny(request, "broken by the test")
+            return
+        given = self.pool.request(
+            request.command,
+            self.stack.sandbox.aws + request.path,
+            body=body,
+            headers=dict(request.headers.items()),
+            decode_content=False,
+            redirect=False,
+        )
+        kept = {
+            name.replace("-", "_"): value
+            for name, value in given.headers.items()
+            if name.lower() not in ("connection", "date", "server", "content-length")
+        }
+        length = given.headers.get("Content-Length", len(given.data))  # also of a HEAD's answer
+        answer(request, given.status, given.data, Content_Length=str(length), **kept)
+
+    def needed(self, request: BaseHTTPRequestHandler, body: bytes) -> Iterator[tuple[str, str]]:
+        """The actions that a request needs, each with the resource that it needs it on."""
+        service = re.findall(
+            r"Credential=[^,]*/([\w-]+)/aws4_request", request.headers["Authorization"]
+        )
+        key = request.headers["X-Amz-Server-Side-Encryption-Aws-Kms-Key-Id"]
+        match service[0]:
+            case "s3":
+                url = urlsplit(request.path)
+                bucket, _, name = url.path[1:].partition("/")
+                query = parse_qs(url.query, keep_blank_values=True)
+                resource = f"arn:aws:s3:::{bucket}/{name}" if name else f"arn:aws:s3:::{bucket}"
+                action = {"GET": "GetObject", "HEAD": "GetObject", "DELETE": "DeleteObject"}.get(
+                    request.command, "PutObject"
+                )
+                if not name:
+                    action = "ListBucket" if request.command in ("GET", "HEAD") else "CreateBucket"
+                elif request.command == "DELETE" and "uploadId" in query:
+                    action = "AbortMultipartUpload"
+                yield f"s3:{action}", resource
+                if key:
+                    yield "kms:GenerateDataKey", key
+                # To read what is encrypted with a key, and to join its parts, it is decrypted.
+                if self.stack.key and (action == "GetObject" or (key and "uploads" in query)):
+                    yield "kms:Decrypt", self.stack.key
+            case "secretsmanager":
+                action = request.headers["X-Amz-Target"].partition(".")[2]
+                yield (
+                    f"secretsmanager:{action}",
+                    self.stack.secret_arn(json.loads(body)["SecretId"]),
+                )
+                if self.stack.key:
+                    yield "kms:Decrypt", self.stack.key
+            case "sns":
+                query = parse_qs(body.decode())
+                yield f"sns:{query['Action'][0]}", query["TopicArn"][0]
+            case "sts":
+                assert b"Action=GetCallerIdentity" in body  # which nobody needs a policy for
+            case other:
+                yield f"{other}:?", "*"
+
+    def deny(self, request: BaseHTTPRequestHandler, message: str) -> None:
+        """403, as S3 says it or as the services that speak JSON do."""
+        if request.headers["X-Amz-Target"]:
+            text = json.dumps({"__type": "AccessDeniedException", "Message": message})
+            answer(request, 400, text.encode(), Content_Type="application/x-amz-json-1.1")
+        else:
+            error = f"<Code>AccessDenied</Code><Message>{message}</Message>"
+            answer(request, 403, f"<Error>{error}</Error>".encode(), Content_Type="text/xml")
+
+
+def covers(statement: dict[str, Any], action: str, resource: str) -> bool:
+    """Whether a policy's statement is about this action on this resource."""
+    return all(
+        any(fnmatchcase(text, pattern) for pattern in as_list(statement[part]))
+        for part, text in (("Action", action), ("Resource", resource))
+    )
+
+
+def as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+# --- the stack ----------------------------------------------------------------------------------
+
+
+class Secret(CloudFormationModel):
+    """AWS::SecretsManager::Secret, which moto's CloudFormation does not know."""
+
+    __module__ = "moto.secretsmanager.models"  # from which moto tells the service
+
+    def __init__(self, arn: str) -> None:
+        self.physical_resource_id = arn
+
+    @staticmethod
+    def cloudformation_name_type() -> str:
+        return "Name"
+
+    @staticmethod
+    def cloudformation_type() -> str:
+        return "AWS::SecretsManager::Secret"
+
+    @classmethod
+    def create_from_cloudformation_json(
+        cls,
+        resource_name: str,
+        cloudformation_json: Any,
+        account_id: str,
+        region_name: str,
+        **_: Any,
+    ) -> Secret:
+        properties = cloudformation_json["Properties"]
+        text = properties.get("SecretString")
+        if generate := properties.get("GenerateSecretString"):
+            without = ("Characters", "Numbers", "Punctuation", "Uppercase", "Lowercase")
+            password = random_password(
+                generate["PasswordLength"],
+                *(generate.get(f"Exclude{what}", "") for what in without),
+                include_space=False,
+                require_each_included_type=True,
+            )
+            values = json.loads(generate["SecretStringTemplate"])
+            text = json.dumps(values | {generate["GenerateStringKey"]: password})
+        made = secretsmanager_backends[account_id][region_name].create_secret(
+            resource_name, text, None, None, [], properties.get("KmsKeyId"), None, [], False
+        )
+        return cls(json.loads(made)["ARN"])
+
+
+class BucketPolicy(CloudFormationModel):
+    """AWS::S3::BucketPolicy, which moto's CloudFormation does not know either."""
+
+    __module__ = "moto.s3.models"
+
+    physical_resource_id = "policy"
+    documents: ClassVar[dict[str, Any]] = {}  # by the bucket's name
+
+    @staticmethod
+    def cloudformation_name_type() -> str:
+        return ""
+
+    @staticmethod
+    def cloudformation_type() -> str:
+        return "AWS::S3::BucketPolicy"
+
+    @classmethod
+    def create_from_cloudformation_json(
+        cls, resource_name: str, cloudformation_json: Any, *_: Any, **__: Any
+    ) -> BucketPolicy:
+        properties = cloudformation_json["Properties"]
+        cls.documents[properties["Bucket"]] = properties["PolicyDocument"]
+        return cls()
+
+
+class Stack:
+    """The stack, created in the sandbox; ``lines`` are those for conf/pipeline.yaml."""
+
+    def __init__(self, sandbox: Sandbox, key: str, slack: str, folder: Path) -> None:
+        self.sandbox, self.key = sandbox, key
+        parameters = {
+            "Host": sandbox.redshift.host,
+            "Port": str(sandbox.redshift.port),
+            "Database": DATABASE,
+            "DatabaseUser": USER,
+            "AlertEmail": "etl@example.org",
+            "SlackWebhook": slack,
+            "KmsKey": key,
+        }
+        formation = sandbox.client("cloudformation")
+        name = formation.create_stack(
+            StackName=f"spacex-{random.randrange(10**9)}",
+            TemplateBody=STACK.read_text(),
+            Parameters=[
+                {"ParameterKey": name, "ParameterValue": value}
+                for name, value in parameters.items()
+            ],
+            Capabilities=["CAPABILITY_IAM"],
+        )["StackId"]
+        (created,) = formation.describe_stacks(StackName=name)["Stacks"]
+        self.outputs = {each["OutputKey"]: each["OutputValue"] for each in created["Outputs"]}
+        self.resources = {
+            each["LogicalResourceId"]: each["PhysicalResourceId"]
+            for each in formation.describe_stack_resources(StackName=name)["StackResources"]
+        }
+        self.lines = yaml.safe_load(self.outputs["Configuration"])
+        self.bucket = self.lines["staging"]["bucket"]
+        iam, sts = sandbox.client("iam"), sandbox.client("sts")
+        self.roles: dict[str, Any] = {}
+        self.statements: dict[str, list[dict[str, Any]]] = {}
+        self.keys: dict[str, Any] = {}
+        for role in ("InstanceRole", "CopyRole"):
+            name = self.resources[role]
+            self.roles[role] = iam.get_role(RoleName=name)["Role"]
+            (policy,) = iam.list_role_policies(RoleName=name)["PolicyNames"]
+            policy = iam.get_role_policy(RoleName=name, PolicyName=policy)["PolicyDocument"]
+            # Moto's CloudFormation stores str() of it, and None for AWS::NoValue.
+            self.statements[role] = [each for each in literal_eval(policy)["Statement"] if each]
+            assumed = sts.assume_role(RoleArn=self.roles[role]["Arn"], RoleSessionName="test")
+            self.keys[role] = assumed["Credentials"]
+        self.config = folder / "pipeline.yaml"
+        document = yaml.safe_load(main.DEFAULT_CONFIG.read_text())
+        for section, lines in self.lines.items():
+            document[section] = document.get(section, {}) | lines
+        self.config.write_text(yaml.safe_dump(document, sort_keys=False))
+
+    def allows(self, role: str, action: str, resource: str, tls: bool = True) -> bool:
+        """What IAM would say, of policies that have no more in them than this knows."""
+        for statement in self.statements[role]:
+            assert set(statement) - {"Sid"} == {"Effect", "Action", "Resource"}
+            assert statement["Effect"] == "Allow"
+        for statement in BucketPolicy.documents[self.bucket]["Statement"]:
+            assert (statement["Effect"], statement["Principal"]) == ("Deny", "*")
+            assert statement["Condition"] == {"Bool": {"aws:SecureTransport": "false"}}
+            if not tls and covers(statement, action, resource):
+                return False
+        return any(covers(each, action, resource) for each in self.statements[role])
+
+    def secret_arn(self, name: str) -> str:
+        return str(self.sandbox.secrets.describe_secret(SecretId=name)["ARN"])
+
+    def client(self, service: str, role: str, gateway: Gateway) -> Any:
+        """A client with the rights of a role."""
+        keys = self.keys[role]
+        return boto3.client(
+            service,
+            endpoint_url=gateway.url,
+            region_name=REGION,
+            aws_access_key_id=keys["AccessKeyId"],
+            aws_secret_access_key=keys["SecretAccessKey"],
+            aws_session_token=keys["SessionToken"],
+        )
+
+
+@pytest.fixture
+def slack(sandbox: Sandbox) -> Iterator[Slack]:
+    with Slack(sandbox.redshift.tls) as slack:
+        yield slack
+
+
+@pytest.fixture
+def stack(sandbox: Sandbox, slack: Slack, request: pytest.FixtureRequest, tmp_path: Path) -> Stack:
+    return Stack(sandbox, getattr(request, "param", ""), f"{slack.url}/services/x", tmp_path)
+
+
+@pytest.fixture
+def gateway(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gateway]:
+    """IAM for the program and for the COPY of the stand-in for Redshift."""
+    with Gateway(stack) as gateway:
+        s3 = stack.client("s3", "CopyRole", gateway)
+        monkeypatch.setattr(stack.sandbox.redshift, "s3", s3)
+        yield gateway
+
+
+@pytest.fixture
+def instance(stack: Stack, gateway: Gateway, tmp_path: Path) -> Iterator[dict[str, str | None]]:
+    """The environment on an EC2 instance with the stack's role, and nothing else set."""
+    with Metadata(stack.keys["InstanceRole"]) as metadata:
+        empty = tmp_path / "home"
+        empty.mkdir()
+        yield {
+            "AWS_EC2_METADATA_SERVICE_ENDPOINT": metadata.url,
+            "AWS_ENDPOINT_URL": gateway.url,
+            "AWS_ACCESS_KEY_ID": None,
+            "AWS_SECRET_ACCESS_KEY": None,
+            "AWS_REGION": None,
+            "HOME": str(empty),
+            "REQUESTS_CA_BUNDLE": str(stack.sandbox.redshift.ca),  # for Slack
+        }
+
+
+# --- the database user --------------------------------------------------------------------------
+
+
+def readme_sql(begin: str) -> str:
+    """The README's block of SQL that begins so, for the test's user."""
+    (block,) = re.findall(rf"```sql\n({begin}.*?)```", README, re.DOTALL)
+    return re.sub(r"\bloader\b", USER, block)
+
+
+@pytest.fixture
+def create_user(sandbox: Sandbox) -> Iterator[Callable[[str], None]]:
+    """Makes the database user as the README says, with only the rights that the README names."""
+
+    def create(password: str) -> None:
+        with sandbox.redshift.connect() as connection:
+            connection.execute(readme_sql("CREATE USER").replace("…", password))
+        sandbox.redshift.users[USER] = password
+
+    with sandbox.redshift.connect() as connection:
+        connection.execute(f"REVOKE TEMP ON DATABASE {DATABASE} FROM PUBLIC")
+        yield create
+        connection.execute(f"GRANT TEMP ON DATABASE {DATABASE} TO PUBLIC")
+        if sandbox.redshift.users.pop(USER, None):
+            connection.execute(f"DROP OWNED BY {USER} CASCADE; DROP USER {USER}")
+
+
+# --- tests --------------------------------------------------------------------------------------
+
+
+def test_cfn_lint_finds_nothing() -> None:
+    found = cfnlint.lint(STACK.read_text(), regions=[REGION, "us-east-1"])
+    assert [str(match) for match in found] == []
+
+
+@pytest.mark.parametrize("stack", [KEY], indirect=True, ids=["with a KMS key"])
+def test_on_an_instance_with_the_stacks_role(
+    sandbox: Sandbox,
+    stack: Stack,
+    gateway: Gateway,
+    slack: Slack,
+    instance: dict[str, str | None],
+    create_user: Callable[[str], None],
+) -> None:
+    """Credentials and region from IMDSv2, the outputs as configuration, every request allowed."""
+    secret = sandbox.secrets.get_secret_value(SecretId=stack.outputs["Secret"])["SecretString"]
+    create_user(json.loads(secret)["PASSWORD"])
+    launches = json.loads(SAMPLE.read_bytes())
+    # So long, compressed as well, that it is uploaded in parts.
+    launches[0]["noise"] = base64.b64encode(random.randbytes(9 << 20)).decode()
+    sandbox.source.body = json.dumps(launches).encode()
+
+    done = sandbox.run("--config", stack.config, **instance)
+
+    assert done.returncode == 0, done.stderr
+    assert sandbox.query("SELECT count(*) FROM launches") == [{"count": 30}]
+    copies = [sql for sql in sandbox.redshift.statements if sql.startswith("COPY")]
+    role = stack.outputs["CopyRole"]
+    assert all(f"IAM_ROLE '{role}'\nREGION '{REGION}'" in sql for sql in copies)
+    keys = [each["Key"] for each in sandbox.s3.list_objects_v2(Bucket=stack.bucket)["Contents"]]
+    assert {key.split("/")[1]: days_kept(key) for key in keys} == {
+        "public.launches": 30,
+        "public.launch_cores": 30,
+        "raw": 400,
+    }
+
+    # That response again; then an upload that breaks off, of which an alert tells.
+    (raw,) = (key for key in keys if "/raw/" in key)
+    replay = ["--source", f"s3://{stack.bucket}/{raw}", "--config", stack.config]
+    done = sandbox.run(*replay, **instance)
+    assert done.returncode == 0, done.stderr
+    gateway.broken = lambda path: "partNumber=2" in path
+    with alerts(stack) as received:
+        done = sandbox.run("--config", stack.config, **instance)
+        assert done.returncode == 1
+        assert "broken by the test" in done.stderr
+        assert "broken by the test" in received()
+        assert "broken by the test" in "".join(slack.posts)
+
+    granted = {
+        role: {action for each in statements for action in as_list(each["Action"])}
+        for role, statements in stack.statements.items()
+    }
+    # Redshift needs to list a bucket, the stand-in for it does not.
+    assert {role: granted[role] - used for role, used in gateway.used.items()} == {
+        "InstanceRole": set(),
+        "CopyRole": {"s3:ListBucket"},
+    }
+
+
+def days_kept(key: str) -> int:
+    """How long the stack's bucket keeps an object."""
+    template, _ = cfnlint.decode.decode_str(STACK.read_text())
+    defaults = {name: each.get("Default") for name, each in template["Parameters"].items()}
+    rules = template["Resources"]["Bucket"]["Properties"]["LifecycleConfiguration"]["Rules"]
+    days = [
+        defaults[rule["ExpirationInDays"]["Ref"]]
+        for rule in rules
+        if "Prefix" in rule
+        and key.startswith(
+            re.sub(r"\$\{(\w+)\}", lambda m: defaults[m[1]], rule["Prefix"]["Fn::Sub"])
+        )
+    ]
+    return min(days)  # S3 honours the shorter of two times
+
+
+@contextlib.contextmanager
+def alerts(stack: Stack) -> Iterator[Callable[[], str]]:
+    """What the stack's topic hands on meanwhile."""
+    sqs, sns = stack.sandbox.client("sqs"), stack.sandbox.client("sns")
+    queue = sqs.create_queue(QueueName="alerts")["QueueUrl"]
+    arn = sqs.get_queue_attributes(QueueUrl=queue, AttributeNames=["QueueArn"])["Attributes"]
+    topic = stack.lines["alerts"]["sns_topic"]
+    sns.subscribe(TopicArn=topic, Protocol="sqs", Endpoint=arn["QueueArn"])
+    yield lambda: str(sqs.receive_message(QueueUrl=queue, MaxNumberOfMessages=10).get("Messages"))
+    sqs.delete_queue(QueueUrl=queue)
+
+
+def test_the_roles_can_do_nothing_else(sandbox: Sandbox, stack: Stack, gateway: Gateway) -> None:
+    """Neither with another bucket, another prefix, another secret nor another topic."""
+    theirs = f"arn:aws:s3:::{stack.bucket}"
+    topic = stack.lines["alerts"]["sns_topic"]
+    for action, resource in [
+        ("s3:GetObject", "arn:aws:s3:::my-data-bucket/spacex/raw/response.json.gz"),
+        ("s3:PutObject", f"{theirs}/other/raw/response.json.gz"),
+        ("s3:DeleteObject", f"{theirs}/spacex/raw/response.json.gz"),
+        ("s3:ListBucket", theirs),
+        ("secretsmanager:GetSecretValue", stack.secret_arn("redshift/spacex")),
+        ("secretsmanager:PutSecretValue", stack.outputs["Secret"]),
+        ("sns:Publish", f"{topic}-2"),
+        ("sns:Subscribe", topic),
+    ]:
+        assert not stack.allows("InstanceRole", action, resource)
+    for action, resource in [
+        ("s3:GetObject", "arn:aws:s3:::my-data-bucket/spacex/raw/response.json.gz"),
+        ("s3:PutObject", f"{theirs}/spacex/raw/response.json.gz"),
+        ("secretsmanager:GetSecretValue", stack.outputs["Secret"]),
+    ]:
+        assert not stack.allows("CopyRole", action, resource)
+    raw = f"{theirs}/spacex/raw/response.json.gz"
+    assert stack.allows("InstanceRole", "s3:GetObject", raw)
+    assert not stack.allows("InstanceRole", "s3:GetObject", raw, tls=False)
+
+
+@pytest.mark.parametrize(
+    ("external_id", "allowed"),
+    [
+        (f"arn:aws:redshift:eu-west-1:123456789012:dbuser:my-cluster/{USER}", True),
+        (f"arn:aws:redshift:us-east-1:123456789012:dbuser:my-workgroup/{USER}", True),
+        ("arn:aws:redshift:eu-west-1:123456789012:dbuser:my-cluster/analyst", False),
+        (f"arn:aws:redshift:eu-west-1:210987654321:dbuser:my-cluster/{USER}", False),
+    ],
+)
+def test_only_the_loaders_copy_gets_the_role(stack: Stack, external_id: str, allowed: bool) -> None:
+    (statement,) = stack.roles["CopyRole"]["AssumeRolePolicyDocument"]["Statement"]
+    assert statement["Principal"]["Service"] == [
+        "redshift.amazonaws.com",
+        "redshift-serverless.amazonaws.com",
+    ]
+    (pattern,) = statement["Condition"].pop("StringLike").values()
+    assert not statement["Condition"]
+    assert fnmatchcase(external_id, pattern) == allowed
+
+
+def test_access_denied_is_explained(
+    sandbox: Sandbox, stack: Stack, instance: dict[str, str | None]
+) -> None:
+    stack.config.write_text(stack.config.read_text().replace(stack.bucket, "my-data-bucket"))
+    done = sandbox.run("--config", stack.config, **instance)
+    assert done.returncode == 1
+    assert re.search(
+        r"cannot write s3://my-data-bucket/spacex/\S+ "
+        rf"as arn:aws:sts::123456789012:assumed-role/{stack.resources['InstanceRole']}/test: "
+        r".*AccessDenied.* is not authorized to perform: s3:PutObject",
+        done.stderr,
+    )
+
+
+@pytest.mark.parametrize(
+    ("way", "can_alter"), [("ALTER TABLE public.launches OWNER", True), ("GRANT SELECT", False)]
+)
+def test_tables_that_somebody_else_created(
+    sandbox: Sandbox, create_user: Callable[[str], None], way: str, can_alter: bool
+) -> None:
+    """The README's two ways to hand them over; only the owner can add a column."""
+    assert sandbox.run().returncode == 0  # as the schema's owner
+    create_user("Another-1")
+    with sandbox.redshift.connect() as connection:
+        connection.execute(readme_sql(way))
+    values = sandbox.secret() | {"USER": USER, "PASSWORD": "Another-1"}
+    sandbox.secrets.put_secret_value(SecretId=SECRET, SecretString=json.dumps(values))
+
+    done = sandbox.run()
+    assert done.returncode == 0, done.stderr
+    with sandbox.redshift.connect() as connection:
+        connection.execute("ALTER TABLE public.launches DROP COLUMN details")
+    done = sandbox.run()
+    assert done.returncode == (0 if can_alter else 1), done.stderr
+    assert ("must be owner of table launches" in done.stderr) != can_alter
