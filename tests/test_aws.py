@@ -347,10 +347,12 @@ class Stack:
             assumed = sts.assume_role(RoleArn=self.roles[role]["Arn"], RoleSessionName="test")
             self.keys[role] = assumed["Credentials"]
         self.config = folder / "pipeline.yaml"
-        document = yaml.safe_load(main.DEFAULT_CONFIG.read_text())
-        for section, lines in self.lines.items():
-            document[section] = document.get(section, {}) | lines
-        self.config.write_text(yaml.safe_dump(document, sort_keys=False))
+        text = main.DEFAULT_CONFIG.read_text()
+        for line in re.findall(r"^  .+", self.outputs["Configuration"], re.MULTILINE):
+            name = line.partition(":")[0]
+            text, times = re.subn(rf"^{name}:.*", line, text, flags=re.MULTILINE)
+            assert times == 1
+        self.config.write_text(text)
 
     def allows(self, role: str, action: str, resource: str, tls: bool = True) -> bool:
         """What IAM would say, of policies that have no more in them than this knows."""
