@@ -346,7 +346,7 @@ def extract(config: Config, folder: Path, figures: dict[str, Any]) -> Path:
     parts = urlsplit(config.url)
     target = folder / "response"
     if parts.scheme in ("http", "https"):
-        with http_session(config) as session:
+        with http_session(config.headers) as session:
             if config.records or config.next:
                 return download_pages(session, config, folder, figures)
             download(session, config.url, target, config.max_wait, figures)
@@ -360,14 +360,14 @@ def extract(config: Config, folder: Path, figures: dict[str, Any]) -> Path:
     return target
 
 
-def http_session(config: Config) -> requests.Session:
-    """A session that sends the configured headers, but not to another host after a redirect."""
+def http_session(headers: dict[str, str]) -> requests.Session:
+    """A session that sends these headers, but not to another host after a redirect."""
     session = requests.Session()
-    session.headers.update(config.headers)
+    session.headers.update(headers)
 
     def keep_secrets(response: requests.Response, **_: Any) -> None:
         if is_elsewhere(response.url, urljoin(response.url, response.headers.get("Location", ""))):
-            for name in config.headers:
+            for name in headers:
                 response.request.headers.pop(name, None)
 
     session.hooks["response"].append(keep_secrets)
@@ -1437,8 +1437,9 @@ def masked(text: str) -> str:
 def in_time(calls: Mapping[str, Callable[[], Any]], seconds: float) -> Iterator[tuple[str, Any]]:
     """Calls all at once; yields what each returns or raises, and leaves alone what takes longer."""
     give_up = time.monotonic() + seconds
-    thread = ThreadPool(len(calls) or 1)  # its threads don't keep the program from ending
+    thread = ThreadPool(len(calls) or 1)  # which does not keep the program from ending
     pending = {name: thread.apply_async(call) for name, call in calls.items()}
+    thread.close()
     for name, result in pending.items():
         try:
             yield name, result.get(max(0, give_up - time.monotonic()))
@@ -1479,7 +1480,8 @@ def send_slack(secret: str, first: str, lines: list[str]) -> None:
     texts = [html.escape(text, quote=False)[:2900] for text in (first, "\n".join(lines)) if text]
     blocks = [{"type": "section", "text": {"type": "mrkdwn", "text": text}} for text in texts]
     message = {"text": texts[0], "blocks": blocks}
-    requests.post(url, json=message, timeout=ALERT_SECONDS).raise_for_status()
+    with http_session({}) as session:
+        session.post(url, json=message, timeout=ALERT_SECONDS).raise_for_status()
 
 
 def send_sns(topic: str, first: str, lines: list[str]) -> None:
@@ -1492,7 +1494,8 @@ def send_sns(topic: str, first: str, lines: list[str]) -> None:
 
 def send_heartbeat(url: str, _first: str, _lines: list[str]) -> None:
     """Tells a dead man's switch that all is well."""
-    requests.get(url, timeout=ALERT_SECONDS).raise_for_status()
+    with http_session({}) as session:
+        session.get(url, timeout=ALERT_SECONDS).raise_for_status()
 
 
 def tables_now(config: Config) -> list[str]:
@@ -1630,6 +1633,7 @@ def run_steps(run: Run, dry_run: bool, rows: dict[str, int]) -> str:
         beside = ThreadPool(2)  # the download
         s3 = beside.apply_async(aws_client, ["s3"])
         credentials = beside.apply_async(read_credentials, [config.secret])
+        beside.close()
     with step("extract") as figures:
         body = extract(config, run.folder, figures)
         figures["bytes"] = body.stat().st_size
