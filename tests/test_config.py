@@ -120,9 +120,9 @@ def test_a_valid_file_is_read(change: Change) -> None:
         ("staging / Bucket", "x", "staging.Bucket: unknown key"),
         ("redshift / password", "x", "redshift.password: unknown key"),
         ("tables / public.launches / sortkey", "id", f"{LAUNCHES}.sortkey: unknown key"),
-        ("source", REMOVED, "source: missing"),
-        ("staging", REMOVED, "staging: missing"),
-        ("redshift", REMOVED, "redshift: missing"),
+        ("source", REMOVED, "source.url: missing"),
+        ("staging", REMOVED, "staging.bucket: missing"),
+        ("redshift", REMOVED, "redshift.secret: missing"),
         ("tables", REMOVED, "tables: missing"),
         ("source", {"uri": "x"}, "source.url: missing"),
         ("staging / bucket", REMOVED, "staging.bucket: missing"),
@@ -130,11 +130,16 @@ def test_a_valid_file_is_read(change: Change) -> None:
         ("redshift", {"copy_role": None}, "redshift.secret: missing"),
         ("tables / public.launches / key", REMOVED, f"{LAUNCHES}.key: missing"),
         ("tables / public.launches / columns", REMOVED, f"{LAUNCHES}.columns: missing"),
-        ("source", None, "source: must be a mapping"),
+        ("source", None, "source.url: missing"),
+        ("source", "https://example.org", "source: must be a mapping"),
         ("staging", [], "staging: must be a mapping"),
         ("redshift", "secret", "redshift: must be a mapping"),
-        ("tables", {}, "tables: must be a mapping"),
-        ("tables / public.launches", None, f"{LAUNCHES}: must be a mapping"),
+        ("tables", {}, "tables: "),
+        ("tables", None, "tables: missing"),
+        ("tables", ["public.launches"], "tables: must be a mapping"),
+        ("tables / public.launches", None, f"{LAUNCHES}.columns: missing"),
+        ("tables / public.launches", "id", f"{LAUNCHES}: must be a mapping"),
+        ("tables / public.launches / columns", {}, f"{LAUNCHES}.columns: "),
         ("tables / public.launches / columns", ["id"], f"{LAUNCHES}.columns: must be a mapping"),
         ("source / url", None, "source.url: "),
         ("source / url", "", "source.url: "),
@@ -142,20 +147,34 @@ def test_a_valid_file_is_read(change: Change) -> None:
         ("staging / bucket", "Bucket", "staging.bucket: "),
         ("staging / bucket", "s3://bucket", "staging.bucket: "),
         ("staging / prefix", "/spacex/", "staging.prefix: "),
-        ("staging / prefix", 7, "staging.prefix: "),
+        ("staging / prefix", ["spacex"], "staging.prefix: "),
+        ("staging / part_mb", 0, "staging.part_mb: "),
+        ("staging / part_mb", 0.5, "staging.part_mb: "),
+        ("source / records", "data..items", "source.records: "),
+        ("source / next", ["links"], "source.next: "),
+        ("source / max_pages", 0, "source.max_pages: "),
+        ("source / max_wait", -1, "source.max_wait: "),
+        ("source / headers", "Accept: text/csv", "source.headers: must be a mapping"),
+        ("source / headers", {"Accept": "a\nb"}, "source.headers.Accept: "),
+        ("source / headers", {"Key": "${NOT_SET}"}, "source.headers.Key: $NOT_SET is not set"),
+        ("alerts", "failure", "alerts: must be a mapping"),
+        ("alerts", {"on": "always"}, "alerts.on: "),
+        ("alerts", {"sns_topic": "loads"}, "alerts.sns_topic: "),
+        ("alerts", {"heartbeat_url": "example.org"}, "alerts.heartbeat_url: "),
         ("staging / kms_key", "a key", "staging.kms_key: "),
         ("redshift / secret", "it's", "redshift.secret: "),
         ("redshift / copy_role", "loader", "redshift.copy_role: "),
         ("redshift / copy_role", f"{ROLE}'", "redshift.copy_role: "),
         ("tables / public.launches / key", "", f"{LAUNCHES}.key: "),
         ("tables / public.launches / key", None, f"{LAUNCHES}.key: "),
+        ("tables / public.launches / key", [], f"{LAUNCHES}.key: "),
         ("tables / public.launches / key", ["nmae"], f"{LAUNCHES}.key: 'nmae'"),
         ("tables / public.launches / key", ["ships"], f"{LAUNCHES}.key: 'ships'"),
         ("tables / public.launches / key", ["links.patch.small"], f"{LAUNCHES}.key: "),
         ("tables / public.launches / sort_key", ["date"], f"{LAUNCHES}.sort_key: 'date'"),
         ("tables / public.launches / sort_key", "ships", f"{LAUNCHES}.sort_key: 'ships'"),
         ("tables / public.launches / dist_key", "date", f"{LAUNCHES}.dist_key: 'date'"),
-        ("tables / public.launches / dist_key", ["id"], f"{LAUNCHES}.dist_key: "),
+        ("tables / public.launches / dist_key", ["id", "date_utc"], f"{LAUNCHES}.dist_key: "),
         ("tables / public.launches / mode", "merge", f"{LAUNCHES}.mode: "),
         ("tables / public.launches / rows", "cores", f"{LAUNCHES}: rows and parent"),
         ("tables / public.launches / parent", "launch", f"{LAUNCHES}: rows and parent"),
@@ -297,7 +316,7 @@ tables:
     )
     found = sorted(fault.partition(": ")[0] for fault in faults(path))
     assert found == [
-        "source",
+        "source.url",
         "staging.bucket",
         "staging.region",
         "tables.launches",
@@ -307,11 +326,15 @@ tables:
     ]
 
 
-@pytest.mark.parametrize(
-    "content", ["", "# nothing", "null", "[]", "[source, tables]", "text", "5", "{}", "---\n..."]
-)
+@pytest.mark.parametrize("content", ["[]", "[source, tables]", "text", "5"])
 def test_a_file_that_is_no_mapping_is_refused(write: Write, content: str) -> None:
     assert faults(write(content))[0].startswith("the file: must be a mapping")
+
+
+@pytest.mark.parametrize("content", ["", "# nothing", "null", "~", "{}", "---\n..."])
+def test_an_empty_file_lacks_what_is_required(write: Write, content: str) -> None:
+    required = ("source.url", "staging.bucket", "staging.prefix", "redshift.secret", "tables")
+    assert faults(write(content)) == [f"{setting}: missing" for setting in required]
 
 
 @pytest.mark.parametrize(
@@ -384,23 +407,55 @@ tables:
     assert (table.key, table.columns[0].path) == ((name,), (name,))
 
 
-def test_an_empty_key_is_refused(change: Change) -> None:
-    (fault,) = faults(change("tables / public.launches / key", []))
-    assert fault.startswith(f"{LAUNCHES}.key: ")
+def test_a_scalar_is_the_text_that_stands_there(write: Write) -> None:
+    path = write(
+        """
+source: {url: x, max_wait: "007", headers: {X-Version: 1.10, X-Day: 2026-11-22, X-Flag: on}}
+staging: {bucket: 123, prefix: 2026, part_mb: "1"}
+redshift: {secret: s, audit_table: "null", connect_seconds: 0}
+alerts: {on: success}
+tables: {public.t: {key: a, columns: {a: date}}}
+"""
+    )
+    config = main.load_config(path)
+    assert (config.bucket, config.prefix, config.audit_table) == ("123", "2026", None)
+    assert (config.max_wait, config.part_mb, config.connect_seconds) == (7, 1, 0)
+    assert config.headers == {"X-Version": "1.10", "X-Day": "2026-11-22", "X-Flag": "on"}
+    assert (config.on, config.tables[0].min_rows) == (("success",), 1)
 
 
-@pytest.mark.parametrize(
-    ("at", "value", "fault"),
-    [
-        ("staging / kms_key?", "alias/loads", "staging.kms_key?: unknown key"),
-        ("redshift / copy_role?", ROLE, "redshift.copy_role?: unknown key"),
-        ("tables / public.launches / mode?", "upsert", f"{LAUNCHES}.mode?: unknown key"),
-    ],
-)
-def test_a_key_with_a_question_mark_is_unknown(
-    change: Change, at: str, value: str, fault: str
+@pytest.mark.parametrize("null", ["", "~", "null", "Null", "NULL"])
+def test_null_is_as_if_the_setting_were_not_there(write: Write, null: str) -> None:
+    path = write(
+        f"""
+source:
+  url: x
+  records: {null}
+staging: {{bucket: bucket, prefix: spacex, kms_key: {null}, part_mb: {null}}}
+redshift: {{secret: s, audit_table: {null}}}
+alerts: {null}
+tables:
+  public.t:
+    key: a
+    columns: {{a: date}}
+    rows: {null}
+    parent: {null}
+    sort_key: {null}
+"""
+    )
+    config = main.load_config(path)
+    assert (config.records, config.kms_key, config.part_mb) == (None, None, 64)
+    assert config.audit_table is None, "null turns the audit table off"
+    assert (config.on, config.slack_webhook_secret) == (("failure",), None)
+    assert (config.tables[0].rows, config.tables[0].sort_key) == ((), ())
+
+
+def test_headers_take_secrets_from_the_environment(
+    change: Change, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert faults(change(at, value))[0].startswith(fault)
+    monkeypatch.setenv("API_TOKEN", "t0ken-${USER}")
+    config = main.load_config(change("source / headers", {"Authorization": "Bearer ${API_TOKEN}"}))
+    assert config.headers == {"Authorization": "Bearer t0ken-${USER}"}
 
 
 @pytest.mark.parametrize(
