@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,3 +29,10 @@ def table_of(columns: dict[str, str], key: str | list[str] = "id", **settings: A
     """The table public.things with these columns."""
     settings = {"key": key, "columns": columns, **settings}
     return config_of({"public.things": settings}).tables[0]
+
+
+def read_records(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a file one by one, as the program reads them in batches."""
+    for batch in main.read_batches(path):
+        assert 0 < len(batch) <= main.BATCH_RECORDS
+        yield from batch

@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from configs import config_of, table_of
+from configs import config_of, read_records, table_of
 from sequra_challenge import main
 
 Read = Callable[[str | bytes], list[dict[str, Any]]]
@@ -38,17 +38,17 @@ def read(tmp_path: Path) -> Read:
     def read(content: str | bytes) -> list[dict[str, Any]]:
         path = tmp_path / "response"
         path.write_bytes(content.encode() if isinstance(content, str) else content)
-        return list(main.read_records(path))
+        return list(read_records(path))
 
     return read
 
 
 def parsed(text: str) -> Any:
-    """A JSON value as read_records gives it: a number with a fraction or exponent is exact."""
+    """A JSON value as read_batches gives it: a number with a fraction or exponent is exact."""
     return json.loads(text, parse_float=Decimal)
 
 
-# --- read_records -------------------------------------------------------------------------------
+# --- read_batches -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -62,11 +62,30 @@ def parsed(text: str) -> Any:
         packed(b'[{"a":1},{"a":2}]'),
         packed(b'\xef\xbb\xbf[{"a":1},{"a":2}]\n'),
         packed(b'[{"a":1},') + packed(b'{"a":2}]'),
+        '{"a":1}\n{"a":2}',
+        ' \t\r\n\n{ "a" :\t1 } \r\n\n \n{"a":2}\r\n\n',
+        '\ufeff{"a":1}\n{"a":2}\n',
+        " " * 5_000 + '{"a":1}\n{"a":2}\n',
+        packed(b'{"a":1}\n{"a"') + packed(b":2}\n"),
     ],
     ids=brief,
 )
-def test_the_records_of_an_array(read: Read, content: str | bytes) -> None:
+def test_the_records_of_an_array_or_one_a_line(read: Read, content: str | bytes) -> None:
     assert read(content) == [{"a": 1}, {"a": 2}]
+
+
+@pytest.mark.parametrize("join", ["[{}]", "{}"], ids=["array", "lines"])
+def test_batches_end_where_they_are_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, join: str
+) -> None:
+    sizes = [1, 1, 1, 1, 1, 200, 1, 1, 300, 300, 1]
+    texts = [json.dumps({"a": "x" * size}) for size in sizes]
+    path = tmp_path / "response"
+    path.write_text(join.format((",", "\n")[join == "{}"].join(texts)))
+    monkeypatch.setattr(main, "BATCH_RECORDS", 3)
+    monkeypatch.setattr(main, "BATCH_CHARACTERS", 250)
+    batches = [[len(record["a"]) for record in batch] for batch in main.read_batches(path)]
+    assert batches == [[1, 1, 1], [1, 1, 200], [1, 1, 300], [300], [1]]
 
 
 ACROSS_BOUNDARIES = [
@@ -85,6 +104,7 @@ def test_records_across_the_boundaries_of_reads(
     read: Read, monkeypatch: pytest.MonkeyPatch, content: str, size: int
 ) -> None:
     monkeypatch.setattr(main, "READ_CHARACTERS", size)
+    monkeypatch.setattr(main, "BATCH_RECORDS", 2)
     assert repr(read(content)) == repr(parsed(content))
 
 
@@ -95,10 +115,16 @@ def test_numbers_are_exact(read: Read) -> None:
     assert isinstance(record["one"], Decimal)
 
 
-def test_records_before_a_fault_are_given(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "content", ['[{"a": 1}, {"a": 2}, {"a": oops}]', '{"a": 1}\n{"a": 2}\n{"a": oops}\n']
+)
+def test_records_before_a_fault_are_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str
+) -> None:
     path = tmp_path / "response"
-    path.write_text('[{"a": 1}, {"a": 2}, {"a": oops}]')
-    records = main.read_records(path)
+    path.write_text(content)
+    monkeypatch.setattr(main, "BATCH_RECORDS", 1)
+    records = read_records(path)
     assert [next(records), next(records)] == [{"a": 1}, {"a": 2}]
     with pytest.raises(main.PipelineError, match="not JSON after record 2"):
         next(records)
@@ -108,15 +134,26 @@ def test_records_before_a_fault_are_given(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ("<!DOCTYPE html><title>503</title>", 'is HTML or XML, it begins "<!DOCTYPE html>'),
-        ('{"error": "busy"}', r'is no JSON array, it begins "{\"error\": \"busy\"}"'),
+        ('{"error": "busy"', "not JSON after record 0"),
+        ('{"error":\n"busy"}', "not JSON after record 0"),
+        ('{"a": 1}\n{"a": 2\n', "not JSON after record 1"),
+        ('{"a": 1} {"a": 2}', "not JSON after record 0"),
+        ('{"a": 1},\n{"a": 2}', "not JSON after record 0"),
+        ('{"a": 1}\n[]', "record 2 is not an object: []"),
+        ('{"a": 1}\nnull', "record 2 is not an object: null"),
+        ('{"a": 1}\n\xa0\n', "not JSON after record 1"),
+        (b'{"a": 1}\n{"a": "caf\xe9"}', "not readable after record"),
+        ('{"a": ' + "1" * 5_000 + "}", "not readable after record 0"),
+        ('{"a":' * 100_000, "not readable after record 0"),
         ("5", 'is no JSON array, it begins "5"'),
         ("null", 'is no JSON array, it begins "null"'),
         ('"[]"', "is no JSON array"),
-        ("", 'is no JSON array, it begins ""'),
-        ("\n", 'is no JSON array, it begins ""'),
-        (packed(b""), 'is no JSON array, it begins ""'),
-        ("[]", "is an empty array"),
-        (" [ \r\n\t] \n", "is an empty array"),
+        ("", "the source is empty"),
+        ("\n", "the source is empty"),
+        (packed(b""), "the source is empty"),
+        (" " * 5_000, "the source is empty"),
+        ("[]", "the source is empty, there is nothing to load"),
+        (" [ \r\n\t] \n", "the source is empty"),
         ("[", "not JSON after record 0"),
         ("[,]", "not JSON after record 0"),
         ("[{}, ]", "not JSON after record 1"),
@@ -155,9 +192,7 @@ def test_records_before_a_fault_are_given(tmp_path: Path) -> None:
     ],
     ids=brief,
 )
-def test_what_is_no_array_of_objects_is_refused(
-    read: Read, content: str | bytes, message: str
-) -> None:
+def test_what_holds_no_objects_is_refused(read: Read, content: str | bytes, message: str) -> None:
     with pytest.raises(main.PipelineError) as refused:
         read(content)
     assert message in str(refused.value)
@@ -735,8 +770,8 @@ def test_texts_of_a_key_that_differ_are_no_doubles() -> None:
 
 # --- warn_of_drift ------------------------------------------------------------------------------
 
-UNKNOWN = "transform: the source has a field that no table loads: "
-MISSING = "transform: no record has the field {}, so its column is null"
+UNKNOWN = "the source has a field that no table loads: "
+MISSING = "no record has the field {}, so its column is null"
 DRIFT = config_of(
     {
         "public.launches": {
