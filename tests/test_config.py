@@ -97,10 +97,10 @@ def test_a_valid_file_is_read(change: Change) -> None:
     )
     launches, cores = config.tables
     assert (launches.name, launches.key, launches.mode) == ("public.launches", ("id",), "upsert")
-    assert (launches.sort_key, launches.dist_key) == (("date_utc",), ("id",))
+    assert (launches.sort_key, launches.dist_key) == (("date_utc",), "id")
     assert (launches.rows, launches.parent) == ((), None)
     assert (cores.mode, cores.rows, cores.parent) == ("replace", ("cores",), "launch")
-    assert (cores.key, cores.sort_key, cores.dist_key) == (("launch_id", "position"), (), ())
+    assert (cores.key, cores.sort_key, cores.dist_key) == (("launch_id", "position"), (), None)
     small = launches.columns[2]
     assert small.path == ("links", "patch", "small")
     assert (small.name, small.type, small.not_null) == (
@@ -134,12 +134,12 @@ def test_a_valid_file_is_read(change: Change) -> None:
         ("source", "https://example.org", "source: must be a mapping"),
         ("staging", [], "staging: must be a mapping"),
         ("redshift", "secret", "redshift: must be a mapping"),
-        ("tables", {}, "tables: "),
+        ("tables", {}, "tables: missing"),
         ("tables", None, "tables: missing"),
         ("tables", ["public.launches"], "tables: must be a mapping"),
         ("tables / public.launches", None, f"{LAUNCHES}.columns: missing"),
         ("tables / public.launches", "id", f"{LAUNCHES}: must be a mapping"),
-        ("tables / public.launches / columns", {}, f"{LAUNCHES}.columns: "),
+        ("tables / public.launches / columns", {}, f"{LAUNCHES}.columns: missing"),
         ("tables / public.launches / columns", ["id"], f"{LAUNCHES}.columns: must be a mapping"),
         ("source / url", None, "source.url: "),
         ("source / url", "", "source.url: "),
@@ -156,7 +156,7 @@ def test_a_valid_file_is_read(change: Change) -> None:
         ("source / max_wait", -1, "source.max_wait: "),
         ("source / headers", "Accept: text/csv", "source.headers: must be a mapping"),
         ("source / headers", {"Accept": "a\nb"}, "source.headers.Accept: "),
-        ("source / headers", {"Key": "${NOT_SET}"}, "source.headers.Key: $NOT_SET is not set"),
+        ("source / headers", {"Key": "${NOT_SET}"}, "source.headers.Key: ${NOT_SET} is not set"),
         ("alerts", "failure", "alerts: must be a mapping"),
         ("alerts", {"on": "always"}, "alerts.on: "),
         ("alerts", {"sns_topic": "loads"}, "alerts.sns_topic: "),
@@ -453,9 +453,9 @@ tables:
 def test_headers_take_secrets_from_the_environment(
     change: Change, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("API_TOKEN", "t0ken-${USER}")
+    monkeypatch.setenv("API_TOKEN", "t0ken")
     config = main.load_config(change("source / headers", {"Authorization": "Bearer ${API_TOKEN}"}))
-    assert config.headers == {"Authorization": "Bearer t0ken-${USER}"}
+    assert config.headers == {"Authorization": "Bearer t0ken"}
 
 
 @pytest.mark.parametrize(

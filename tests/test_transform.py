@@ -18,6 +18,9 @@ import pytest
 from configs import config_of, read_records, table_of
 from sequra_challenge import main
 
+# A warning of NumPy or pandas would stand between the lines of the log.
+pytestmark = pytest.mark.filterwarnings("error")
+
 Read = Callable[[str | bytes], list[dict[str, Any]]]
 
 
