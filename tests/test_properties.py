@@ -14,12 +14,13 @@ from datetime import UTC, date, datetime, timedelta, timezone
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from configs import SECTIONS, config_of, table_of
+from configs import SECTIONS, config_of, read_records, table_of
 from sandbox import BUCKET, SECRET, Sandbox
 from sequra_challenge import main
 
@@ -32,7 +33,7 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"
 
 
 def fraction(value: float) -> Decimal:
-    """A float as read_records gives it."""
+    """A float as read_batches gives it."""
     return Decimal(repr(value))
 
 
@@ -204,6 +205,7 @@ def test_any_value_is_in_the_csv_or_refused(
 
 # --- the source ---------------------------------------------------------------------------------
 
+BATCHES = st.sampled_from([1, 2, 3, 7])  # records
 NUMBERS = st.integers() | st.floats(allow_nan=False, allow_infinity=False)
 DOCUMENTS = st.lists(
     st.dictionaries(
@@ -223,19 +225,25 @@ DOCUMENTS = st.lists(
 @given(
     DOCUMENTS,
     st.integers(1, 64),
-    st.sampled_from([None, 0, 1, 4, "\t"]),
+    BATCHES,
+    st.sampled_from([None, 0, 1, 4, "\t", "lines"]),
     st.booleans(),
 )
 @settings(max_examples=150, deadline=None)
 def test_the_records_are_those_of_the_document(
-    document: list[dict[str, Any]], size: int, indent: int | str | None, escaped: bool
+    document: list[dict[str, Any]], size: int, batch: int, indent: int | str | None, escaped: bool
 ) -> None:
-    text = json.dumps(document, indent=indent, ensure_ascii=escaped)
+    if indent == "lines":
+        text = "\n".join(json.dumps(record, ensure_ascii=escaped) for record in document)
+    else:
+        text = json.dumps(document, indent=indent, ensure_ascii=escaped)
+    served = json.loads(json.dumps(document), parse_float=Decimal)
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         path = Path(folder) / "response"
         path.write_bytes(text.encode())
         patch.setattr(main, "READ_CHARACTERS", size)
-        assert list(main.read_records(path)) == json.loads(text, parse_float=Decimal)
+        patch.setattr(main, "BATCH_RECORDS", batch)
+        assert list(read_records(path)) == served
 
 
 @given(DOCUMENTS, st.integers(1, 64), st.data())
@@ -250,7 +258,7 @@ def test_a_document_that_is_cut_is_refused(
         path.write_text(text[:cut])
         patch.setattr(main, "READ_CHARACTERS", size)
         with pytest.raises(main.PipelineError):
-            list(main.read_records(path))
+            list(read_records(path))
 
 
 # --- from end to end ----------------------------------------------------------------------------
@@ -373,7 +381,7 @@ def at_hand(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Sandbox:
     return sandbox
 
 
-@given(records=things())
+@given(records=things(), batch=BATCHES)
 @settings(
     max_examples=15,
     deadline=None,
@@ -384,9 +392,13 @@ def at_hand(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Sandbox:
         HealthCheck.large_base_example,
     ],
 )
-def test_every_value_is_in_redshift(at_hand: Sandbox, records: list[dict[str, Any]]) -> None:
+def test_every_value_is_in_redshift(
+    at_hand: Sandbox, records: list[dict[str, Any]], batch: int
+) -> None:
     at_hand.source.body = encoded(records).encode()
-    main.run_pipeline(replace(ALL_TYPES, url=at_hand.source.url), allow_shrink=True)
+    with mock.patch.object(main, "BATCH_RECORDS", batch):
+        run = replace(ALL_TYPES, url=at_hand.source.url)
+        assert main.run_pipeline(run, allow_shrink=True) == 0
 
     rows = {row["id"]: row for row in at_hand.query("SELECT * FROM public.things")}
     assert rows.keys() == {record["id"] for record in records}
