@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import subprocess
@@ -15,6 +16,7 @@ import psycopg
 import pytest
 import yaml
 
+from configs import SHIPPED
 from sandbox import SAMPLE, Sandbox
 from sequra_challenge import main
 
@@ -42,7 +44,7 @@ def configure(tmp_path: Path) -> Configure:
     """Writes the shipped configuration with other settings of Redshift; returns its path."""
 
     def write(redshift: dict[str, Any], **table: Any) -> Path:
-        settings = yaml.safe_load(main.DEFAULT_CONFIG.read_bytes())
+        settings = copy.deepcopy(SHIPPED)
         settings["redshift"] |= redshift
         for each in settings["tables"].values():
             each |= table
@@ -101,7 +103,7 @@ def at_once(sandbox: Sandbox, arguments: list[list[str | Path]]) -> list[tuple[i
 
 
 def run_id(log: str) -> str:
-    found = re.search(r"run (\S+):", log)
+    found = re.search(r" run: (\S+) from ", log)
     assert found, log
     return found[1]
 

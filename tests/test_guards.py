@@ -17,6 +17,7 @@ import boto3
 import pytest
 import yaml
 
+from configs import SHIPPED
 from redshift import DropConnection
 from sandbox import BUCKET, SAMPLE, Sandbox
 from sequra_challenge import main
@@ -32,8 +33,7 @@ Configure = Callable[[Settings], Path]
 @pytest.fixture
 def settings() -> Settings:
     """The shipped configuration, to be changed."""
-    settings: Settings = yaml.safe_load(main.DEFAULT_CONFIG.read_bytes())
-    return settings
+    return copy.deepcopy(SHIPPED)
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def as_user(sandbox: Sandbox, *statements: str) -> None:
 
 def altered(log: str) -> list[str]:
     """The ALTER TABLEs in a log."""
-    return re.findall(r"INFO    load: (ALTER TABLE .*)", log)
+    return re.findall(r"WARNING load: (ALTER TABLE .*)", log)
 
 
 def column_type(sandbox: Sandbox, table: str, column: str) -> tuple[str, int | None] | None:
@@ -538,7 +538,7 @@ def test_loaded_after_it_was_started(sandbox: Sandbox, monkeypatch: pytest.Monke
     config = replace(main.load_config(main.DEFAULT_CONFIG), url=sandbox.source.url)
     for _ in range(8):
         time.sleep(1.005 - time.time() % 1)
-        main.run_pipeline(config)
+        assert main.run_pipeline(config) == 0
     assert sandbox.query(f"SELECT * FROM {AUDIT} WHERE started_at > _loaded_at") == []
 
 
@@ -582,7 +582,8 @@ def test_lost_answer_to_a_commit(
     runs = f"SELECT _run_id, count(*) AS rows FROM {LAUNCHES} GROUP BY _run_id"
     (row,) = sandbox.query(runs)
     assert row["rows"] == 30
-    assert f"run {row['_run_id']}: done" in log
+    assert f" run: {row['_run_id']} from " in log
+    assert " run: done: public.launches 30 rows, public.launch_cores 38 rows, " in log
     if audited:
         rows = sandbox.query(f"SELECT _run_id FROM {AUDIT} ORDER BY _run_id")
         assert len(rows) == 4
