@@ -190,7 +190,7 @@ class Config:
     connect_seconds: int = setting("redshift", r"\d{1,5}", 120)
     statement_seconds: int = setting("redshift", r"[1-9]\d{0,5}", 3600)
     on: tuple[str, ...] = setting("alerts", ["failure|success"], ("failure",))
-    slack_webhook_secret: str | None = setting("alerts", SECRET, None)
+    slack_webhook_secret: str | None = setting("alerts", rf"(?!.*://){SECRET}", None)
     sns_topic: str | None = setting("alerts", r"arn:aws[\w-]*:sns:[\w-]+:\d{12}:[\w.-]+", None)
     heartbeat_url: str | None = setting("alerts", r"https?://.+", None)
 
@@ -286,7 +286,8 @@ def _checked(given: Any, rule: Any, at: str, faults: list[str], *default: Any) -
         return tuple(_checked(item, rule[0], at, faults) for item in items)
     if not isinstance(given, str) or not re.fullmatch(rule, given, re.ASCII):
         wrong = "unknown type" if rule is TYPE else f"must match {rule}, not"
-        faults.append(f"{at}: {wrong} {given!r}")
+        is_open = not at.startswith(("alerts.", "source.headers."))  # no secret, or part of one
+        faults.append(f"{at}: {wrong} {repr(given) if is_open else 'what is there'}")
         return (*default, str(given))[0]
     return type(default[0])(given) if default and isinstance(default[0], int | float) else given
 
@@ -356,7 +357,7 @@ def extract(config: Config, folder: Path, figures: dict[str, Any]) -> Path:
     else:
         target = Path(config.url).expanduser()
         if not target.is_file():
-            raise PipelineError(f"the source {config.url} is not a file")
+            raise PipelineError(f"the source {public_url(config.url)} is not a file")
     return target
 
 
@@ -403,7 +404,7 @@ def download(
                     wait = urllib3.Retry().get_retry_after(response.raw) or wait
                 response.raise_for_status()
                 with target.open("wb") as file:
-                    for chunk in response.iter_content(1 << 20):
+                    for chunk in response.iter_content(1 << 16):
                         file.write(chunk)
                         figures["bytes"] = before + file.tell()
                 return
@@ -1477,7 +1478,8 @@ def send_slack(secret: str, first: str, lines: list[str]) -> None:
     if not re.match("https?://", url):
         raise PipelineError(f"the secret {secret} holds no URL")
     hide(url, urlsplit(url).path)
-    texts = [html.escape(text, quote=False)[:2900] for text in (first, "\n".join(lines)) if text]
+    shown = [html.escape(text, quote=False)[:2900] for text in (first, "\n".join(lines)) if text]
+    texts = [re.sub(r"&\w*$", "…", text) for text in shown]  # not half a character
     blocks = [{"type": "section", "text": {"type": "mrkdwn", "text": text}} for text in texts]
     message = {"text": texts[0], "blocks": blocks}
     with http_session({}) as session:
