@@ -2,6 +2,8 @@
 
     python tests/sandbox.py           load the sample and show what is in the tables
     python tests/sandbox.py --keep    and leave everything running, to try things by hand
+    python tests/sandbox.py --config conf/launch_library.yaml
+                                      the same with Launch Library 2, page by page
 
 Everything listens on loopback and keeps its files in a temporary folder. The program is run as it
 is, as a subprocess with the shipped configuration; only its environment leads it here.
@@ -25,9 +27,11 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Self
+from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import boto3
 import psycopg
+import yaml
 from moto.server import ThreadedMotoServer
 from psycopg.rows import dict_row
 
@@ -39,7 +43,11 @@ logging.getLogger("werkzeug").setLevel(logging.ERROR)  # moto's line for each re
 
 ROOT = Path(__file__).resolve().parent.parent
 MAIN = ROOT / "sequra_challenge" / "main.py"
+PIPELINE = ROOT / "conf" / "pipeline.yaml"
 SAMPLE = ROOT / "tests" / "data" / "launches.json"
+LIBRARY_CONFIG = ROOT / "conf" / "launch_library.yaml"
+LIBRARY = ROOT / "tests" / "data" / "launch_library.json"
+LIBRARY_PAGE = 5  # launches
 REGION = "eu-west-1"
 # What conf/pipeline.yaml names.
 BUCKET, SECRET = "my-data-bucket", "redshift/spacex"
@@ -70,26 +78,43 @@ FROM (
 WHERE launch_date_utc - previous < interval '50 days'
 ORDER BY launch_date_utc""",
 }
+LIBRARY_QUESTIONS = {
+    "What has flown, and what comes next?": """
+SELECT net, net_precision_abbrev AS known_to, rocket_configuration_full_name AS rocket,
+  left(mission_name, 24) AS mission, mission_orbit_abbrev AS orbit, status_abbrev AS status
+FROM public.ll2_launches
+ORDER BY net""",
+    "Where from?": """
+SELECT pad_name AS pad, pad_location_name AS location, pad_latitude AS latitude,
+  pad_longitude AS longitude, count(*) AS launches
+FROM public.ll2_launches
+GROUP BY 1, 2, 3, 4
+ORDER BY launches DESC""",
+}
 
 
 class Source:
-    """An HTTP server with one document.
+    """An HTTP server with one document, and a small Launch Library 2.
 
     ``answers`` are given first, one a request: functions that get the request's handler and do
-    what they like with it. ``requests`` are the paths asked for.
+    what they like with it. ``requests`` are the paths asked for, ``headers`` those that came along.
     """
 
     def __init__(self) -> None:
         self.body = SAMPLE.read_bytes()
         self.answers: list[Callable[[BaseHTTPRequestHandler], None]] = []
         self.requests: list[str] = []
+        self.headers: list[dict[str, str]] = []
         source = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 source.requests.append(self.path)
+                source.headers.append(dict(self.headers))
                 if source.answers:
                     source.answers.pop(0)(self)
+                elif self.path.startswith("/2.3.0/launches/"):
+                    answer(self, 200, library_page(self))
                 else:
                     answer(self, 200, source.body)
 
@@ -99,7 +124,12 @@ class Source:
                 pass
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v5/launches"
+        self.url = self.at("/v5/launches")
+
+    def at(self, url: str) -> str:
+        """The URL with this server in the place of its own."""
+        host = f"127.0.0.1:{self.server.server_port}"
+        return urlsplit(url)._replace(scheme="http", netloc=host).geturl()
 
     def __enter__(self) -> Self:
         threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
@@ -117,6 +147,26 @@ def answer(handler: BaseHTTPRequestHandler, status: int, body: bytes = b"", **he
         handler.send_header(name.replace("_", "-"), value)
     handler.end_headers()
     handler.wfile.write(body)
+
+
+def library_page(handler: BaseHTTPRequestHandler) -> bytes:
+    """The launches at the offset that is asked for, as Launch Library 2 wraps them."""
+    path, _, query = handler.path.partition("?")
+    parameters = dict(parse_qsl(query))
+    start, launches = int(parameters.get("offset", 0)), json.loads(LIBRARY.read_bytes())
+
+    def url(offset: int) -> str | None:
+        more = urlencode(parameters | {"offset": offset})
+        exists = 0 <= offset < len(launches)
+        return f"http://{handler.headers['Host']}{path}?{more}" if exists else None
+
+    page = {
+        "count": len(launches),
+        "next": url(start + LIBRARY_PAGE),
+        "previous": url(start - LIBRARY_PAGE),
+        "results": launches[start : start + LIBRARY_PAGE],
+    }
+    return json.dumps(page).encode()
 
 
 class Sandbox:
@@ -155,7 +205,8 @@ class Sandbox:
 
     def reset(self) -> None:
         """The sample as source, the secret as it was, no tables, nothing in the bucket."""
-        self.source.body, self.source.answers, self.source.requests = SAMPLE.read_bytes(), [], []
+        self.source.body, self.source.answers = SAMPLE.read_bytes(), []
+        self.source.requests, self.source.headers = [], []
         self.redshift.hook = None
         self.redshift.statements.clear()
         self.secrets.put_secret_value(SecretId=SECRET, SecretString=json.dumps(self.secret()))
@@ -207,6 +258,10 @@ class Sandbox:
         if "--source" not in arguments:
             arguments = ("--source", self.source.url, *arguments)
         return [sys.executable, str(MAIN), *map(str, arguments)]
+
+    def library(self) -> str:
+        """The URL of conf/launch_library.yaml, on the sandbox's source."""
+        return self.source.at(yaml.safe_load(LIBRARY_CONFIG.read_bytes())["source"]["url"])
 
     def child_environment(self, **changes: str | None) -> dict[str, str]:
         """An environment with nothing of this machine's AWS settings; None removes a variable."""
@@ -267,32 +322,36 @@ def main() -> int:
         if getattr(options, name)
         for text in (f"--{name}", getattr(options, name))
     ]
+    config = Path(options.config or PIPELINE).resolve()
+    questions = {PIPELINE: QUESTIONS, LIBRARY_CONFIG: LIBRARY_QUESTIONS}.get(config, {})
     with tempfile.TemporaryDirectory(prefix="sandbox-") as folder, Sandbox(Path(folder)) as sandbox:
         print("$ python", MAIN.relative_to(ROOT), *arguments, flush=True)
+        if config == LIBRARY_CONFIG and not options.source:
+            arguments += ["--source", sandbox.library()]
         command = sandbox.command(*arguments)
         status = subprocess.run(command, env=sandbox.child_environment(), check=False).returncode
-        if status == 0 and not options.config:
-            show(sandbox)
+        if status == 0:
+            show(sandbox, questions)
         if options.keep:
-            keep(sandbox)
+            keep(sandbox, command)
     return status
 
 
-def show(sandbox: Sandbox) -> None:
+def show(sandbox: Sandbox, questions: dict[str, str]) -> None:
     """Prints the answers to the questions, as psql shows them."""
-    for question, sql in QUESTIONS.items():
+    for question, sql in questions.items():
         print(f"\n{question}\n{sql}\n", flush=True)
         # No pager; "—" for NULL, which psql otherwise shows as nothing.
         settings = ["-P", "pager=off", "-P", "null=—", "-P", "border=2", "-P", "footer=off"]
         subprocess.run([*sandbox.psql(), *settings, "-c", sql], check=True)
 
 
-def keep(sandbox: Sandbox) -> None:
+def keep(sandbox: Sandbox, command: list[str]) -> None:
     """Prints how to use the sandbox from another terminal, and waits for Ctrl-C."""
     print("\nEverything keeps running until you press Ctrl-C. In another terminal:\n")
     for name, value in sandbox.environment.items():
         print(f"export {name}={shlex.quote(value)}")
-    print(f"\n{shlex.join(sandbox.command())}")
+    print(f"\n{shlex.join(command)}")
     print(shlex.join(sandbox.psql()), flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         threading.Event().wait()
