@@ -48,8 +48,7 @@ THINGS: dict[str, Any] = {
     "public.things": {"key": "id", "columns": {"id": "integer not null", "name": "varchar(64)"}}
 }
 CANARY = "c4nary-T0ken"  # what must never be seen
-HEADERS = {"Authorization": "Token ${LL2_TOKEN}", "X-Api-Key": "${LL2_TOKEN}", "X-Plain": "$5"}
-SENT = {"Authorization": f"Token {CANARY}", "X-Api-Key": CANARY, "X-Plain": "$5"}
+HEADERS = {"Authorization": "Token ${LL2_TOKEN}", "X-Api-Key": "${LL2_TOKEN}", "X-Plain": "$HOME"}
 DIGITS = b"0.1234567890123456789012345"  # more than a double holds
 
 
@@ -198,6 +197,7 @@ def test_other_shapes(
     [
         ([page(things(1), "?2"), responds(200, b"<html>Busy")], "not JSON.*<html>Busy"),
         ([page(things(1), "?2"), responds(200, b'{"results": [{"id": 2')], "not JSON"),
+        ([responds(200, gzip.compress(b'{"results": []}')[:-9])], "/v5/launches: "),
         ([responds(200, {"detail": "Not here"})], "no array at source.records.*Not here"),
         ([page(things(1), "?2"), responds(200, {"results": {"id": 2}})], "no array"),
         ([responds(200, things(1))], "no array at source.records"),
@@ -210,6 +210,7 @@ def test_other_shapes(
     ids=[
         "HTML",
         "ends early",
+        "gzip ends early",
         "no array",
         "an object",
         "the array itself",
@@ -310,9 +311,13 @@ def test_no_next_page_without_tls_after_one_with_it(
 
 
 def test_headers_go_to_the_source_and_nowhere_else(
-    source: Source, fetch: Fetch, monkeypatch: pytest.MonkeyPatch
+    source: Source, fetch: Fetch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("LL2_TOKEN", CANARY)
+    token = f"{CANARY}-${{HOME}}"
+    sent = {"Authorization": f"Token {token}", "X-Api-Key": token, "X-Plain": "$HOME"}
+    monkeypatch.setenv("LL2_TOKEN", token)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login netrc password netrc")
     with Source() as other:
         elsewhere = other.url.replace("127.0.0.1", "localhost")
         other.answers = [responds(307, Location="/further"), page(things(2))]
@@ -322,9 +327,9 @@ def test_headers_go_to_the_source_and_nowhere_else(
             responds(302, Location=elsewhere),
         )
         assert fetch(*pages, headers=HEADERS) == things(1, 2)
-    assert [headers | SENT == headers for headers in source.headers] == [True] * 3
+    assert [headers | sent == headers for headers in source.headers] == [True] * 3
     assert len(other.headers) == 2
-    assert not any(SENT.keys() & headers.keys() for headers in other.headers)
+    assert not any(sent.keys() & headers.keys() for headers in other.headers)
     assert CANARY not in str(other.headers)
 
 
