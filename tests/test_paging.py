@@ -311,13 +311,11 @@ def test_no_next_page_without_tls_after_one_with_it(
 
 
 def test_headers_go_to_the_source_and_nowhere_else(
-    source: Source, fetch: Fetch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Source, fetch: Fetch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     token = f"{CANARY}-${{HOME}}"
     sent = {"Authorization": f"Token {token}", "X-Api-Key": token, "X-Plain": "$HOME"}
     monkeypatch.setenv("LL2_TOKEN", token)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login netrc password netrc")
     with Source() as other:
         elsewhere = other.url.replace("127.0.0.1", "localhost")
         other.answers = [responds(307, Location="/further"), page(things(2))]
