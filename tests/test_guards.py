@@ -560,36 +560,6 @@ def test_failed_run_leaves_no_row(sandbox: Sandbox, beginning: str) -> None:
     assert count(sandbox, AUDIT) == 2
 
 
-@pytest.mark.parametrize("audited", [True, False])
-def test_lost_answer_to_a_commit(
-    sandbox: Sandbox, settings: Settings, configure: Configure, audited: bool
-) -> None:
-    if not audited:
-        settings["redshift"]["audit_table"] = None
-    config = configure(settings)
-    loaded(sandbox, "--config", config)
-    lost: list[str] = []
-
-    def cut(when: str, statement: str) -> None:
-        if (when, statement) == ("after", "COMMIT") and not lost:
-            lost.append(statement)
-            raise DropConnection
-
-    sandbox.redshift.hook = cut
-    log = loaded(sandbox, "--config", config)
-    assert lost
-    assert "only the answer to its commit was lost" in log
-    runs = f"SELECT _run_id, count(*) AS rows FROM {LAUNCHES} GROUP BY _run_id"
-    (row,) = sandbox.query(runs)
-    assert row["rows"] == 30
-    assert f" run: {row['_run_id']} from " in log
-    assert " run: done: public.launches 30 rows, public.launch_cores 38 rows, " in log
-    if audited:
-        rows = sandbox.query(f"SELECT _run_id FROM {AUDIT} ORDER BY _run_id")
-        assert len(rows) == 4
-        assert rows[2] == rows[3] == {"_run_id": row["_run_id"]}
-
-
 def test_replay_from_the_raw_response(sandbox: Sandbox) -> None:
     document = launches(30)
     document[0]["name"] = "before it was renamed"
