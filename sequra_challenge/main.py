@@ -251,10 +251,14 @@ def load_config(path: Path) -> Config:
     settings = {name: value for section in sections.values() for name, value in section.items()}
     settings["copy_role"] = settings["copy_role"] or os.environ.get("AWS_ROLE_ARN") or None
     for name, value in settings["headers"].items():
-        text = os.path.expandvars(str(value))
-        if unset := re.search(r"\$\{\w+\}", text):
-            faults.append(f"source.headers.{name}: {unset[0]} is not set in the environment")
-        settings["headers"][name] = text
+        variables = {v: os.environ.get(v, "") for v in re.findall(r"\$\{(\w+)\}", str(value))}
+        sent = re.sub(r"\$\{(\w+)\}", lambda found: os.environ.get(found[1], ""), str(value))
+        hide(sent, *variables.values())
+        settings["headers"][name] = sent
+        for variable in (v for v, text in variables.items() if not text):
+            faults.append(f"source.headers.{name}: ${{{variable}}} is not set in the environment")
+        if not re.fullmatch(r"[\w-]+: [ -~]*", f"{name}: {sent}", re.ASCII):
+            faults.append(f"source.headers.{name}: has characters that no header can have")
     if faults:
         raise ConfigError("\n  ".join([f"{path} has {len(faults)} fault(s):", *faults]))
     return Config(path.stem, tuple(tables), **settings)
@@ -262,7 +266,7 @@ def load_config(path: Path) -> Config:
 
 def _checked(given: Any, rule: Any, at: str, faults: list[str], *default: Any) -> Any:
     """What the file sets, with defaults and numbers; adds what is wrong with it to the faults."""
-    missing = given in (None, "", "null", "~")
+    missing = given is None or str(given).lower() in ("", "null", "~")
     dot = f"{at}." if at else ""
     if isinstance(rule, dict):
         if not isinstance(given, dict):
@@ -394,7 +398,7 @@ def download(
     429 until ``max_wait`` seconds would have been waited.
     """
     before = figures.get("bytes", 0)
-    tries, give_up = 0, time.monotonic() + max_wait
+    tries, failures, give_up = 0, 0, time.monotonic() + max_wait
     while True:
         tries += 1
         wait = min(2**tries, 60) * random.uniform(0.5, 1)
@@ -409,9 +413,9 @@ def download(
                         figures["bytes"] = before + file.tell()
                 return
         except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError) as error:
-            status = getattr(getattr(error, "response", None), "status_code", None)
             reason, is_transient = error_text(error)
-        if not is_transient or (tries == HTTP_TRIES and status != 429):
+            failures += not reason.startswith("HTTP 429")
+        if not is_transient or failures == HTTP_TRIES:
             raise PipelineError(f"GET {public_url(url)}: {reason}, attempt {tries}")
         at = datetime.now(UTC) + timedelta(seconds=wait)
         again = f"again in {wait:.1f} s, at {at:%H:%M:%SZ}"
@@ -472,6 +476,8 @@ def download_pages(
             download(session, url, folder / "response", config.max_wait, figures)
             records, url = read_page(config, url, folder / "response")
             for record in records:
+                if not isinstance(record, dict):
+                    raise PipelineError(f"page {page}: record is not an object: {shorten(record)}")
                 key = dump_exactly([dig(record, path) for path in keys or [()]])
                 last_page[key] = page
                 lines.append((key, page))
@@ -485,21 +491,25 @@ def download_pages(
 
 def read_page(config: Config, url: str, file: Path) -> tuple[list[Any], str]:
     """The records in one answer, and the URL of the next page, which is "" after the last."""
+    text = b""
     try:
         with open_body(file) as body:
-            page = json.load(body, parse_float=Decimal)
-    except (ValueError, ArithmeticError, RecursionError) as error:
-        raise PipelineError(f"GET {public_url(url)}: not JSON: {error}") from None
+            text = body.read()
+        page = json.loads(text, parse_float=Decimal)
+    except (ValueError, ArithmeticError, RecursionError, EOFError, OSError) as error:
+        begins = shorten(text[:200].decode(errors="replace"), 200)
+        what = f"not JSON: {error}, it begins {begins}"
+        raise PipelineError(f"GET {public_url(url)}: {what}") from None
     records = dig(page, config.records.split(".") if config.records else ())
+    if not isinstance(records, list):
+        what = f"no array at source.records: {shorten(page, 200)}"
+        raise PipelineError(f"GET {public_url(url)}: {what}")
     following = dig(page, config.next.split(".")) if config.next else None
-    if not isinstance(records, list) or not isinstance(following, str | NoneType):
-        what = (
-            "text or null at source.next"
-            if isinstance(records, list)
-            else "array at source.records"
-        )
-        raise PipelineError(f"GET {public_url(url)}: no {what}: {shorten(page, 200)}")
-    return records, urljoin(url, following) if following else ""
+    try:
+        return records, urljoin(url, following) if following else ""
+    except (ValueError, TypeError, AttributeError):
+        what = f"no URL at source.next: {shorten(following)}"
+        raise PipelineError(f"GET {public_url(url)}: {what}") from None
 
 
 def dump_exactly(value: Any) -> str:
@@ -536,7 +546,7 @@ def read_batches(path: Path) -> Iterator[list[dict[str, Any]]]:
     """
     count, batch, size = 0, list[dict[str, Any]](), 0
     try:
-        with io.TextIOWrapper(open_body(path), "utf-8-sig", newline="") as text:
+        with io.TextIOWrapper(open_body(path), "utf-8-sig", newline="\n") as text:
             for record, characters in _read_records(text):
                 count += 1
                 if not isinstance(record, dict):
@@ -755,10 +765,12 @@ def convert(column: Column, in_key: bool, values: list[Any]) -> Any:
                 raise Unfit(f"is outside {-limit} to {limit - 1}")
             return pd.array(values, dtype="Int64")
         case "real" | "double precision":
-            limits = np.finfo(np.float32 if column.kind == "real" else np.float64)
-            for number in _only(values, "a number", int, Decimal):
-                if number and not limits.tiny <= abs(float(Decimal(number))) <= limits.max:
-                    raise Unfit(f"is outside the range of {column.kind}")
+            kind = np.float32 if column.kind == "real" else np.float64
+            with np.errstate(over="ignore"):
+                for number in _only(values, "a number", int, Decimal):
+                    size = abs(kind(float(Decimal(number))))
+                    if number and not np.finfo(kind).tiny <= size <= np.finfo(kind).max:
+                        raise Unfit(f"is outside the range of {column.kind}")
             return pd.array([None if v is None else float(v) for v in values], dtype="Float64")
         case "decimal":
             _only(values, "a number", int, Decimal)
@@ -1596,7 +1608,7 @@ def step(name: str, figures: dict[str, Any] | None = None) -> Iterator[dict[str,
 
 def run_pipeline(config: Config, dry_run: bool = False, allow_shrink: bool = False) -> int:
     """Runs the pipeline once, tells people how it went, and returns the exit status."""
-    run = Run(config, Path(tempfile.gettempdir(), f"sequra-{secrets.token_hex(8)}"), allow_shrink)
+    run = Run(config, Path(), allow_shrink)
     context.update(run_id=run.id, step="run")
     rows: dict[str, int] = {}
     event, status, what = "success", 0, "succeeded"
@@ -1627,6 +1639,7 @@ def run_steps(run: Run, dry_run: bool, rows: dict[str, int]) -> str:
     Counts the rows of each table; returns a text that says how many it has now.
     """
     config, uploaded = run.config, {"files": 0, "bytes": 0}
+    run = replace(run, folder=Path(tempfile.gettempdir(), f"sequra-{secrets.token_hex(8)}"))
     # At exit, because a signal can come between any two lines here, but none after main().
     atexit.register(shutil.rmtree, run.folder, ignore_errors=True)
     run.folder.mkdir(mode=0o700)
@@ -1710,7 +1723,7 @@ def main(arguments: list[str] | None = None) -> int:
         on_signal(stop)
         config = replace(config, url=options.source or config.url)
         heartbeat = urlsplit(config.heartbeat_url or "")
-        hide(*config.headers.values(), heartbeat.query, heartbeat.path)
+        hide(heartbeat.query, heartbeat.path)
         if options.test_alerts:
             return test_alerts(config)
         return run_pipeline(config, options.dry_run, options.allow_shrink)

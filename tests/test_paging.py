@@ -403,7 +403,6 @@ def test_rate_limits_and_other_failures_do_not_count_as_each_other(
     limited, failed = responds(429, Retry_After="1"), responds(503, Retry_After="1")
     assert fetch(*[limited] * 8, page(things(1))) == things(1)
     assert fetch(*[limited] * 5, *[failed] * 5, page(things(1))) == things(1)
-    assert fetch(failed, page(things(1)), max_wait=0) == things(1)
     source.requests.clear()
     with pytest.raises(main.PipelineError, match=r"HTTP 503.*attempt 6"):
         fetch(*[failed] * 9)
