@@ -765,7 +765,7 @@ def convert(column: Column, in_key: bool, values: list[Any]) -> Any:
                 raise Unfit(f"is outside {-limit} to {limit - 1}")
             return pd.array(values, dtype="Int64")
         case "real" | "double precision":
-            kind = np.float32 if column.kind == "real" else np.float64
+            kind: Any = np.float32 if column.kind == "real" else np.float64
             with np.errstate(over="ignore"):
                 for number in _only(values, "a number", int, Decimal):
                     size = abs(kind(float(Decimal(number))))
