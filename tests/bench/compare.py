@@ -1,0 +1,376 @@
+"""How fast main.py is, beside pandas, awswrangler, dlt and the floor under them all.
+
+    python tests/bench/compare.py                 all that follows
+    python tests/bench/compare.py --sizes 20000   one JSON file to staged files, by size
+    python tests/bench/compare.py --special       records out of the ordinary
+    python tests/bench/compare.py --small         205 launches from the source to the database
+
+Prints tables in Markdown, and draws compare.png when it measures several sizes. Each run is a
+process of its own, the contenders take turns, the tables show medians. Needs the extra `dev`;
+inputs and the other tools' environments are kept in .cache/bench.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+import venv
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import yaml
+from generate import launches, odd_records, write
+
+BENCH = Path(__file__).resolve().parent
+ROOT = BENCH.parent.parent
+MAIN, CONFIG = ROOT / "sequra_challenge" / "main.py", ROOT / "conf" / "pipeline.yaml"
+PINNED = {
+    "awswrangler": ["awswrangler[redshift]==3.17.1", "pandas==3.1.1", "pyarrow==25.0.1"],
+    "dlt": ["dlt[filesystem,redshift]==1.31.0"],
+    "plot": ["matplotlib==3.11.2"],
+}
+TITLES = {
+    "ours": "main.py",
+    "both": "main.py, both tables",
+    "pandas": "pandas",
+    "awswrangler": "awswrangler",
+    "dlt": "dlt",
+    "floor": "json.loads and zlib alone",
+    "imports": "importing main.py's packages",
+}
+PEERS = ["both", "pandas", "awswrangler", "dlt", "floor"]
+SIZES = [20_000, 100_000, 1_000_000]
+MOST = 100_000  # for all but these, which do not hold all launches in memory:
+STREAMING = ("ours", "floor")
+
+
+class Usage(NamedTuple):
+    """What a run took: wall-clock seconds, CPU seconds (user and system), peak megabytes."""
+
+    wall: float
+    cpu: float
+    memory: float
+
+
+def measure(command: list[Any], folder: Path, environment: dict[str, str]) -> Usage:
+    """Runs a command to its end; what it prints goes into files in the folder.
+
+    The kernel gives the memory of the largest process, and starts that of a new process at what
+    its parent has used: so this program stays small, and leaves the verifying to another.
+    """
+    out, log = folder / "stdout", folder / "stderr"
+    with out.open("wb") as stdout, log.open("wb") as stderr:
+        start = time.perf_counter()
+        process = subprocess.Popen(
+            list(map(str, command)), env=os.environ | environment, stdout=stdout, stderr=stderr
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        wall = time.perf_counter() - start
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        sys.exit(f"{shlex.join(map(str, command))}:\n{log.read_text()[-2000:]}")
+    return Usage(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1000)
+
+
+def in_turn(names: list[str], repeats: int, run: Callable[[str, bool], Usage]) -> dict[str, Usage]:
+    """The medians of each contender: the first run of each, then the next of each."""
+    runs: dict[str, list[Usage]] = {name: [] for name in names}
+    for number in range(repeats):
+        for name, usages in runs.items():
+            usages.append(run(name, number == 0))
+            note(f"  {name}: {usages[-1].wall:.2f} s, {usages[-1].memory:.0f} MB")
+    return {name: Usage(*map(median, zip(*usages, strict=True))) for name, usages in runs.items()}
+
+
+def print_table(title: str, medians: dict[str, Usage], rows: int) -> None:
+    """Prints the medians, and how many times those of main.py they are."""
+    print(f"\n| {title} | launches a second | seconds | CPU seconds | peak memory, MB |")
+    print("| --- | ---: | ---: | ---: | ---: |")
+    for name, usage in medians.items():
+        cells = [TITLES[name], f"{rows / usage.wall:,.0f}"]
+        for value, base in zip(usage, medians["ours"], strict=True):
+            ratio = f" ({value / base:.2f}x)" if name != "ours" else ""
+            cells.append(f"{value:,.{0 if value >= 20 else 2}f}{ratio}")
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def note(text: str) -> None:
+    """Shows on standard error how far it is."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def check(rows: int, *command: Any, **environment: str) -> None:
+    """Ends the program unless the command prints this number of rows."""
+    text = list(map(str, command))
+    done = subprocess.run(text, env=os.environ | environment, capture_output=True, text=True)
+    if done.returncode or int(done.stdout) != rows:
+        said = done.stdout + done.stderr
+        sys.exit(f"wrong files, {rows} rows expected: {shlex.join(text)}:\n{said}")
+
+
+class Bench:
+    """The folder with inputs, environments and what a run writes, and the servers meanwhile."""
+
+    def __init__(self, folder: Path, servers: contextlib.ExitStack) -> None:
+        self.folder, self.servers = folder, servers
+        self.run = folder / "run"
+        self.shipped = yaml.safe_load(CONFIG.read_text())
+        self.table = self.shipped["tables"]["public.launches"]
+
+    def clear(self) -> None:
+        """Empties the folder of a run."""
+        shutil.rmtree(self.run, ignore_errors=True)
+        self.run.mkdir(parents=True)
+
+    def input(self, name: str, records: Iterator[dict[str, Any]]) -> Path:
+        """A JSON file of the records, made when it is not there yet."""
+        path = self.folder / f"{name}.json"
+        if not path.exists():
+            note(f"making {path}")
+            write(path, records)
+        note(f"{path.name}: {path.stat().st_size / 1e6:.0f} MB")
+        return path
+
+    def config(self, name: str, **changes: Any) -> Path:
+        """The shipped configuration with only public.launches, changed."""
+        path = self.folder / f"{name}.yaml"
+        kept = {section: self.shipped[section] for section in ("source", "staging", "redshift")}
+        tables = {"public.launches": self.table | changes}
+        path.write_text(yaml.safe_dump(kept | {"tables": tables}, sort_keys=False))
+        return path
+
+    def python(self, name: str) -> Path:
+        """The Python of a tool's own environment, which is made when it is not there yet."""
+        home, wanted = self.folder / "environments" / name, "\n".join(PINNED[name])
+        installed = home / "installed"
+        if not installed.exists() or installed.read_text() != wanted:
+            note(f"pip install {' '.join(PINNED[name])}")
+            venv.create(home, clear=True, with_pip=True)
+            pip = [home / "bin" / "python", "-m", "pip", "install", "-q", *PINNED[name]]
+            subprocess.run(pip, check=True, stderr=subprocess.DEVNULL)
+            installed.write_text(wanted)
+        return home / "bin" / "python"
+
+    def tool(self, name: str, job: str, *arguments: Any) -> list[Any]:
+        """The command that runs a job of contenders.py."""
+        python = self.python(name) if name in PINNED else sys.executable
+        return [python, BENCH / "contenders.py", job, *arguments]
+
+    def verify(self, rows: int, config: Path | None, source: Path) -> None:
+        """Counts the rows in the folder of the run; with a configuration compares all values."""
+        values = ["--config", config, "--source", source] if config else []
+        check(rows, sys.executable, BENCH / "verify.py", self.run, *values)
+
+    def start(self, *command: Any, **options: Any) -> subprocess.Popen[str]:
+        """Starts a server, which ends with the bench."""
+        server = subprocess.Popen(list(map(str, command)), text=True, **options)
+        self.servers.callback(server.wait)
+        self.servers.callback(server.terminate)
+        return server
+
+    def start_http(self, *module: Any, method: str = "GET", path: str = "/") -> str:
+        """Starts a module that takes a port as its last argument; its URL, when it answers."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        silent = dict.fromkeys(("stdout", "stderr"), subprocess.DEVNULL)
+        self.start(sys.executable, "-m", *module, port, **silent)
+        request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", method=method)
+        for tries_left in reversed(range(150)):
+            try:
+                urllib.request.urlopen(request).close()
+                break
+            except urllib.error.URLError:
+                if not tries_left:
+                    raise
+                time.sleep(0.2)
+        return f"http://127.0.0.1:{port}"
+
+
+def dry_run(config: Path, source: Path) -> list[Any]:
+    """The command of main.py that stages in $TMPDIR and goes no further."""
+    return [sys.executable, MAIN, "--dry-run", "--config", config, "--source", source]
+
+
+# --- the tables ----------------------------------------------------------------------------------
+
+
+def time_sizes(bench: Bench, peers: list[str], sizes: list[int], repeats: int) -> None:
+    """One JSON file to staged files of all launches, at each size."""
+    environment = {"TMPDIR": str(bench.run), "RUNTIME__DLTHUB_TELEMETRY": "false"}
+    if "awswrangler" in peers:
+        moto = bench.start_http("moto.server", "-p", method="PUT", path="/bench")
+        environment |= {"AWS_ENDPOINT_URL": moto, "AWS_DEFAULT_REGION": "us-east-1"}
+        environment |= dict.fromkeys(("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), "bench")
+    results = []
+    for rows in sizes:
+        names = [name for name in ["ours", *peers] if rows <= MOST or name in STREAMING]
+        medians = time_size(bench, names, rows, repeats, environment, rows == min(sizes))
+        for name, usage in medians.items():
+            results.append({"name": TITLES[name], "rows": rows} | usage._asdict())
+    if len(sizes) > 1:
+        path = bench.folder / "results.json"
+        path.write_text(json.dumps(results))
+        plot = [bench.python("plot"), BENCH / "plot.py", path, BENCH / "compare.png"]
+        subprocess.run(plot, check=True)
+
+
+def time_size(
+    bench: Bench,
+    names: list[str],
+    rows: int,
+    repeats: int,
+    environment: dict[str, str],
+    values: bool,
+) -> dict[str, Usage]:
+    """One size; after the first run of each contender its rows, of main.py also all values."""
+    config = bench.config("one-table")
+    source = bench.input(f"launches-{rows}", launches(rows))
+    csv, staged = bench.folder / "staged.csv", bench.run / "launches.csv.gz"
+    parquet = "s3://bench/launches.parquet"
+    (level,) = re.findall(r"^GZIP_LEVEL = (\d)", MAIN.read_text(), re.MULTILINE)
+    jobs: dict[str, list[Any]] = {
+        "pandas": [source, staged],
+        "awswrangler": [source, parquet],
+        "dlt": [source, bench.run],
+        "floor": [source, csv, staged, level],
+    }
+    commands = {name: bench.tool(name, name, *jobs[name]) for name in names if name in jobs}
+    commands |= {"ours": dry_run(config, source), "both": dry_run(CONFIG, source)}
+
+    def stage(name: str, first: bool) -> Usage:
+        bench.clear()
+        usage = measure(commands[name], bench.run, environment)
+        if first and name == "awswrangler":
+            check(rows, *bench.tool(name, "count_parquet", parquet), **environment)
+        elif first and name != "floor":  # it has no rows of its own
+            bench.verify(rows, config if values and name in ("ours", "both") else None, source)
+        if first and name == "ours":
+            parts = sorted(bench.run.glob("sequra-*/public.launches.*.csv.gz"))
+            with csv.open("wb") as file:
+                subprocess.run(["gzip", "-dc", *parts], stdout=file, check=True)
+        return usage
+
+    medians = in_turn(names, repeats, stage)
+    size = source.stat().st_size / 1e6
+    print_table(f"{rows:,} launches, {size:.0f} MB of JSON", medians, rows)
+    return medians
+
+
+def time_special(bench: Bench) -> None:
+    """Inputs that are hard on memory, once and for main.py alone."""
+    fields = dict.fromkeys(next(odd_records("wide")), "varchar(64)")
+    long = bench.table["columns"] | {"details": "varchar(65535)"}
+    inputs = [
+        ("huge", 1_000, "launches, one of them of 50 MB", {}),
+        ("texts", 4_000, "launches with a text of 60 kB", {"columns": long}),
+        ("wide", 2_000, "records of 1,598 columns", {"columns": fields, "sort_key": ["id"]}),
+    ]
+    print("\n| input | JSON, MB | seconds | CPU seconds | peak memory, MB |")
+    print("| --- | ---: | ---: | ---: | ---: |")
+    for name, rows, title, changes in inputs:
+        source, config = bench.input(name, odd_records(name)), bench.config(name, **changes)
+        bench.clear()
+        usage = measure(dry_run(config, source), bench.run, {"TMPDIR": str(bench.run)})
+        bench.verify(rows, config, source)
+        figures = f"{source.stat().st_size / 1e6:.0f} | {usage.wall:.1f} | {usage.cpu:.1f}"
+        print(f"| {rows:,} {title} | {figures} | {usage.memory:.0f} |", flush=True)
+
+
+def time_small(bench: Bench, repeats: int) -> None:
+    """As many launches as the API has, from an HTTP server into tests/sandbox.py's database."""
+    rows, environment = 205, {"RUNTIME__DLTHUB_TELEMETRY": "false"}
+    source = bench.input(f"launches-{rows}", launches(rows))
+    bench.clear()
+    served = bench.start_http("http.server", "-b", "127.0.0.1", "-d", bench.folder)
+    url, bucket, secret = f"{served}/{source.name}", "my-data-bucket", "redshift/spacex"
+    command = [sys.executable, "-u", ROOT / "tests" / "sandbox.py", "--keep", "--source", source]
+    sandbox = bench.start(*command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    psql = ""
+    while "/psql " not in psql:  # the last line that it prints, after those with export
+        psql = sandbox.stdout.readline() or sys.exit("tests/sandbox.py ended")
+        if psql.startswith("export "):
+            name, _, value = shlex.split(psql)[1].partition("=")
+            environment[name] = value
+    environment["AWS_DEFAULT_REGION"] = environment["AWS_REGION"]
+    sql = [*shlex.split(psql), "-qAtc"]
+    # A function of Redshift that dlt uses and the sandbox lacks.
+    function = "CREATE FUNCTION json_parse(text) RETURNS jsonb IMMUTABLE RETURN $1::jsonb"
+    subprocess.run([*sql, function], check=True)
+    packages = "import requests, pandas, boto3, yaml, redshift_connector"
+    commands = {
+        "ours": [sys.executable, MAIN, "--source", url],
+        "awswrangler": bench.tool("awswrangler", "load_awswrangler", url, bucket, secret),
+        "dlt": bench.tool("dlt", "load_dlt", url, bench.run, secret),
+        "imports": [sys.executable, "-c", packages],
+    }
+
+    def load(name: str, _: bool) -> Usage:
+        usage = measure(commands[name], bench.run, environment)
+        if name != "imports":
+            table = "dlt.launches" if name == "dlt" else "public.launches"
+            delete = f"DELETE FROM {table} RETURNING 1"
+            check(rows, *sql, f"WITH deleted AS ({delete}) SELECT count(*) FROM deleted")
+        return usage
+
+    print_table(f"{rows} launches into the database", in_turn(list(commands), repeats, load), rows)
+
+
+def machine() -> str:
+    """What the figures were measured on, and with."""
+    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    tools = [f"pandas {version('pandas')}"]
+    tools += [re.sub(r"\[.*==", " ", PINNED[name][0]) for name in ("awswrangler", "dlt")]
+    return (
+        f"{datetime.now(UTC):%d %B %Y}, {model[1] if model else platform.machine()}, "
+        f"{os.cpu_count()} cores, {memory:.0f} GB, Python {platform.python_version()}, "
+        + ", ".join(tools)
+    )
+
+
+def main() -> None:
+    """Measures what is asked for, or everything."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    option = parser.add_argument
+    option("--sizes", type=int, nargs="+", metavar="N", help=f"default: {SIZES}")
+    option("--special", action="store_true")
+    option("--small", action="store_true")
+    option("--contenders", nargs="*", choices=PEERS, default=PEERS, help="beside main.py, by size")
+    option("--repeats", type=int, default=3, help="default: 3; --small makes three times as many")
+    option("--folder", type=Path, default=ROOT / ".cache" / "bench", help="default: .cache/bench")
+    given = parser.parse_args()
+    everything = not (given.sizes or given.special or given.small)
+    given.folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as servers:
+        bench = Bench(given.folder.resolve(), servers)
+        if given.sizes or everything:
+            time_sizes(bench, given.contenders, given.sizes or SIZES, given.repeats)
+        if given.special or everything:
+            time_special(bench)
+        if given.small or everything:
+            time_small(bench, 3 * given.repeats)
+        bench.clear()
+    print(f"\n{machine()}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""The measuring in tests/bench: that it prints its table, and that it notices wrong files."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from sandbox import MAIN, ROOT
+
+BENCH = ROOT / "tests" / "bench"
+ROWS = 1_000
+
+
+def compare(folder: Path) -> subprocess.CompletedProcess[str]:
+    """Measures the contenders that need nothing installed, once."""
+    options = ["--sizes", str(ROWS), "--contenders", "pandas", "floor", "--repeats", "1"]
+    command = [sys.executable, BENCH / "compare.py", *options, "--folder", folder]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def generate(path: Path, rows: int) -> None:
+    subprocess.run([sys.executable, BENCH / "generate.py", str(rows), path], check=True)
+
+
+def test_prints_a_table_with_a_row_for_each_contender(tmp_path: Path) -> None:
+    done = compare(tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(
+        r"^\| (.*?) \| ([\d,]+) \| ([\d.]+).* \| ([\d.]+).* \| (\d+)", done.stdout, re.M
+    )
+    assert [row[0] for row in rows] == ["main.py", "pandas", "json.loads and zlib alone"]
+    assert all(float(cell.replace(",", "")) > 0 for row in rows for cell in row[1:])
+
+
+def test_refuses_to_measure_when_a_row_is_missing(tmp_path: Path) -> None:
+    generate(tmp_path / f"launches-{ROWS}.json", ROWS - 1)
+    done = compare(tmp_path)
+    assert done.returncode == 1
+    assert f"wrong files, {ROWS} rows expected" in done.stderr
+
+
+def test_notices_a_single_wrong_value(tmp_path: Path) -> None:
+    source = tmp_path / "launches.json"
+    generate(source, 100)
+    with (tmp_path / "stdout").open("wb") as stdout:
+        command = [sys.executable, MAIN, "--dry-run", "--source", source]
+        subprocess.run(command, env={"TMPDIR": str(tmp_path)}, stdout=stdout, check=True)
+    config = ROOT / "conf" / "pipeline.yaml"
+    verify = [sys.executable, BENCH / "verify.py", tmp_path, "--config", config, "--source", source]
+    assert subprocess.run(verify, capture_output=True, check=True).stdout == b"100\n"
+    text = source.read_text()
+    place = text.rindex('"gridfins":true')
+    source.write_text(text[:place] + text[place:].replace("true", "null", 1))
+    done = subprocess.run(verify, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert re.search(r"ValueError: row \d+, cores: ", done.stderr)
