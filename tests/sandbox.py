@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import logging
 import os
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import warnings
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -51,8 +53,10 @@ LIBRARY_PAGE = 5  # launches
 REGION = "eu-west-1"
 # What conf/pipeline.yaml names.
 BUCKET, SECRET = "my-data-bucket", "redshift/spacex"
+SLACK_SECRET, TOPIC = "spacex/slack", "etl-alerts"
 DATABASE, USER, PASSWORD = "dev", "loader", "S4ndbox-Passw0rd"
 SECRET_KEY, TOKEN = "sandbox-Secret-Key", "s0urce-T0ken"  # of AWS; in the source's URL
+WEBHOOK, PING = "T000/B000/Sl4ck-W3bhook", "H3artbeat-P1ng"  # who knows these may send
 
 QUESTIONS = {
     "The first launches": """
@@ -97,20 +101,25 @@ class Source:
     """An HTTP server with one document, and a small Launch Library 2.
 
     ``answers`` are given first, one a request: functions that get the request's handler and do
-    what they like with it. ``requests`` are the paths asked for, ``headers`` those that came along.
+    what they like with it. ``requests`` are the paths asked for, ``headers`` and ``posted`` what
+    came along.
     """
 
-    def __init__(self) -> None:
-        self.body = SAMPLE.read_bytes()
+    def __init__(self, path: str = "/v5/launches", body: bytes = SAMPLE.read_bytes()) -> None:
+        self.body = body
         self.answers: list[Callable[[BaseHTTPRequestHandler], None]] = []
         self.requests: list[str] = []
         self.headers: list[dict[str, str]] = []
+        self.posted: list[bytes] = []
         source = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 source.requests.append(self.path)
                 source.headers.append(dict(self.headers))
+                if length := int(self.headers.get("Content-Length", 0)):
+                    source.posted.append(self.rfile.read(length))
+                    self.rfile = io.BytesIO(source.posted[-1])  # an answer may read it again
                 if source.answers:
                     source.answers.pop(0)(self)
                 elif self.path.startswith("/2.3.0/launches/"):
@@ -124,7 +133,7 @@ class Source:
                 pass
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = self.at("/v5/launches")
+        self.url = self.at(path)
 
     def at(self, url: str) -> str:
         """The URL with this server in the place of its own."""
@@ -169,6 +178,21 @@ def library_page(handler: BaseHTTPRequestHandler) -> bytes:
     return json.dumps(page).encode()
 
 
+# Something unexpected, when files are staged.
+BUG = """
+import shutil
+def copyfileobj(*_):
+    raise RuntimeError("a bug")
+shutil.copyfileobj = copyfileobj
+"""
+
+
+def sitecustomize(folder: Path, code: str) -> dict[str, str]:
+    """The environment in which Python runs this code before the program."""
+    (folder / "sitecustomize.py").write_text(code)
+    return {"PYTHONPATH": str(folder)}
+
+
 class Sandbox:
     """Source, S3, Secrets Manager and Redshift, running; use it as a context manager."""
 
@@ -178,6 +202,8 @@ class Sandbox:
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
             self.source = stack.enter_context(Source())
+            self.slack = stack.enter_context(Source(f"/services/{WEBHOOK}", b"ok"))
+            self.heartbeat = stack.enter_context(Source(f"/{PING}", b"OK"))
             moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
             moto.start()
             stack.callback(moto.stop)
@@ -197,6 +223,8 @@ class Sandbox:
             )
             self.secrets = self.client("secretsmanager")
             self.secrets.create_secret(Name=SECRET, SecretString=json.dumps(self.secret()))
+            self.secrets.create_secret(Name=SLACK_SECRET, SecretString=self.slack.url)
+            self.subscribe()
             self._stack = stack.pop_all()
         return self
 
@@ -205,11 +233,14 @@ class Sandbox:
 
     def reset(self) -> None:
         """The sample as source, the secret as it was, no tables, nothing in the bucket."""
-        self.source.body, self.source.answers = SAMPLE.read_bytes(), []
-        self.source.requests, self.source.headers = [], []
+        self.source.body = SAMPLE.read_bytes()
+        for server in (self.source, self.slack, self.heartbeat):
+            server.answers, server.requests, server.headers, server.posted = [], [], [], []
         self.redshift.hook = None
         self.redshift.statements.clear()
         self.secrets.put_secret_value(SecretId=SECRET, SecretString=json.dumps(self.secret()))
+        self.secrets.put_secret_value(SecretId=SLACK_SECRET, SecretString=self.slack.url)
+        self.received()
         boto3.resource("s3", **self._aws_arguments).Bucket(BUCKET).objects.delete()
         with self.redshift.connect() as connection:
             connection.execute(
@@ -229,6 +260,39 @@ class Sandbox:
             item["Key"]: self.s3.get_object(Bucket=BUCKET, Key=item["Key"])["Body"].read()
             for item in listed
         }
+
+    def subscribe(self) -> None:
+        """Makes the SNS topic, with a queue as its subscriber."""
+        self.topic = self.client("sns").create_topic(Name=TOPIC)["TopicArn"]
+        self.sqs = self.client("sqs")
+        self.queue = self.sqs.create_queue(QueueName=TOPIC)["QueueUrl"]
+        queue = self.topic.replace(":sns:", ":sqs:")
+        self.client("sns").subscribe(TopicArn=self.topic, Protocol="sqs", Endpoint=queue)
+
+    def received(self) -> dict[str, list[Any]]:
+        """What each channel has got since this was last asked."""
+        got: dict[str, list[Any]] = {
+            "slack": [json.loads(body) for body in self.slack.posted],
+            "sns": [],
+            "heartbeat": self.heartbeat.requests,
+        }
+        self.slack.posted, self.heartbeat.requests = [], []
+        while some := self.sqs.receive_message(QueueUrl=self.queue).get("Messages"):
+            for message in some:
+                body = json.loads(message["Body"])
+                got["sns"].append({name: body[name] for name in ("Subject", "Message")})
+                handle = message["ReceiptHandle"]
+                self.sqs.delete_message(QueueUrl=self.queue, ReceiptHandle=handle)
+        return {channel: some for channel, some in got.items() if some}
+
+    def alerts(self, *on: str) -> dict[str, Any]:
+        """The section ``alerts`` of a configuration, with all channels of the sandbox."""
+        channels = {
+            "slack_webhook_secret": SLACK_SECRET,
+            "sns_topic": self.topic,
+            "heartbeat_url": self.heartbeat.url,
+        }
+        return channels | ({"on": list(on)} if on else {})
 
     def client(self, service: str) -> Any:
         """A boto3 client of the sandbox's AWS."""
@@ -283,7 +347,8 @@ class Sandbox:
             timeout=120,
             check=False,
         )
-        shown = [s for s in (PASSWORD, SECRET_KEY, TOKEN) if s in done.stdout + done.stderr]
+        secrets = (PASSWORD, SECRET_KEY, TOKEN, WEBHOOK, PING)
+        shown = [secret for secret in secrets if secret in done.stdout + done.stderr]
         if shown:
             raise AssertionError(f"the program showed {shown}:\n{done.stdout}{done.stderr}")
         return done
@@ -353,8 +418,13 @@ def keep(sandbox: Sandbox, command: list[str]) -> None:
         print(f"export {name}={shlex.quote(value)}")
     print(f"\n{shlex.join(command)}")
     print(shlex.join(sandbox.psql()), flush=True)
+    print("\nFor the configuration, to see here what is sent:\n")
+    print("alerts:", json.dumps(sandbox.alerts("failure", "success")), flush=True)
     with contextlib.suppress(KeyboardInterrupt):
-        threading.Event().wait()
+        while True:
+            time.sleep(1)
+            for channel, got in sandbox.received().items():
+                print(f"\n{channel} got", json.dumps(got, indent=2), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,548 @@
+"""Alerts: who is told what about a run, and that telling it never changes the run's result.
+
+The channels are real: an HTTP server in the place of Slack and of the heartbeat's monitor, and an
+SNS topic with a subscriber.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import html
+import json
+import re
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from sandbox import (
+    BUG,
+    PING,
+    ROOT,
+    SAMPLE,
+    SECRET,
+    SLACK_SECRET,
+    WEBHOOK,
+    Sandbox,
+    Source,
+    answer,
+    sitecustomize,
+)
+
+Answer = Callable[[BaseHTTPRequestHandler], None]
+Configure = Callable[..., tuple[str, Path]]
+Done = subprocess.CompletedProcess[str]
+
+SHIPPED = yaml.safe_load((ROOT / "conf" / "pipeline.yaml").read_text())
+LAUNCHES, CORES = "public.launches", "public.launch_cores"
+HOST = socket.gethostname()
+JSON = ("--log-format", "json")
+REFUSES = "http://127.0.0.1:9"  # a port that nobody listens on
+LIMIT = 10  # seconds that sending may take, whatever the channels do
+
+
+@pytest.fixture
+def configure(sandbox: Sandbox, tmp_path: Path) -> Configure:
+    """Writes the shipped configuration with alerts and other settings; gives the argument."""
+
+    def write(
+        alerts: dict[str, Any] | None = None, name: str = "pipeline", **sections: dict[str, Any]
+    ) -> tuple[str, Path]:
+        document = {key: value | sections.get(key, {}) for key, value in SHIPPED.items()}
+        document["alerts"] = sandbox.alerts() if alerts is None else alerts
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(document, sort_keys=False))
+        return "--config", path
+
+    return write
+
+
+def entries(done: Done, level: str) -> list[dict[str, Any]]:
+    """What the JSON log has of a level."""
+    logged = [json.loads(line) for line in done.stderr.splitlines()]
+    return [entry for entry in logged if entry["level"] == level]
+
+
+def log_of(done: Done, level: str) -> list[str]:
+    return [entry["message"] for entry in entries(done, level)]
+
+
+def run_id(done: Done) -> str:
+    return str(entries(done, "INFO")[0]["run_id"])
+
+
+def loaded(sandbox: Sandbox, *arguments: str | Path) -> Done:
+    done = sandbox.run(*JSON, *arguments)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def responds(status: int, body: bytes = b"") -> Answer:
+    return lambda handler: answer(handler, status, body)
+
+
+def check_message(sandbox: Sandbox, first: str, heartbeat: bool = False) -> list[str]:
+    """Both got one message that begins like this. Returns the lines behind that."""
+    got = sandbox.received()
+    assert got.pop("heartbeat", []) == [f"/{PING}"] * heartbeat
+    assert sorted(got) == ["slack", "sns"]
+    (mail,), (chat,) = got["sns"], got["slack"]
+    message = mail["Message"]
+    assert message.startswith(first + "\n")
+    # SNS refuses any other subject.
+    assert len(mail["Subject"]) <= 100
+    assert re.fullmatch(r"[\x20-\x7e]+", mail["Subject"])
+    check_slack(chat, message)
+    return message[len(first) + 1 :].rstrip("\n").split("\n")
+
+
+def check_slack(chat: dict[str, Any], message: str) -> None:
+    """Slack would take this, and show the message as it is."""
+    escaped = [html.escape(line, quote=False) for line in message.splitlines()]
+    assert {block["type"] for block in chat["blocks"]} == {"section"}
+    texts = [block["text"]["text"] for block in chat["blocks"]]
+    assert max(map(len, texts)) <= 3000
+    assert len(texts) <= 50
+    assert chat["text"] == escaped[0]
+    if len(message) < 2000:
+        assert [line for line in escaped if line not in "\n".join(texts)] == []
+    # "<" begins a link or a mention, "&" an entity.
+    assert re.search(r"[<>]|&(?!amp;|lt;|gt;)", "\n".join([chat["text"], *texts])) is None
+
+
+# --- what a failure says -------------------------------------------------------------------------
+
+
+def not_found(sandbox: Sandbox) -> None:
+    sandbox.source.answers = [responds(404)]
+
+
+def markup(sandbox: Sandbox) -> None:
+    sandbox.source.body = b"<!channel> & <http://evil.example|click>"
+
+
+def few(sandbox: Sandbox) -> None:
+    sandbox.source.body = json.dumps(json.loads(SAMPLE.read_bytes())[:3]).encode()
+
+
+def check_failure(
+    sandbox: Sandbox, done: Done, error: str, tables: dict[str, str], rows: str | None = None
+) -> None:
+    """Each channel got the one message that belongs to a failed run."""
+    assert done.returncode in (1, 130, 143), done.stderr
+    (reason,) = log_of(done, "ERROR")
+    assert re.match(error, reason), reason
+    lines = check_message(sandbox, f"pipeline failed on {HOST}: {reason}")
+    assert lines[0] == f"run: {run_id(done)}"
+    assert [line for line in lines if line.startswith("rows so far: ")] in (
+        [[f"rows so far: {rows}"]] if rows else [[], ["rows so far: none"]]
+    )
+    assert len([line for line in lines if re.fullmatch(r"took: \d+\.\d s", line)]) == 1
+    assert lines[-len(tables) :] == [f"{name}: {state}" for name, state in tables.items()]
+    assert [text for text in log_of(done, "WARNING") if text.startswith("alerts")] == []
+
+
+def test_a_failed_first_run(sandbox: Sandbox, configure: Configure) -> None:
+    not_found(sandbox)
+    done = sandbox.run(*JSON, *configure())
+    url = re.escape(sandbox.source.url)
+    missing = dict.fromkeys((LAUNCHES, CORES), "does not exist")
+    check_failure(sandbox, done, rf"extract: GET {url}: HTTP 404 Not Found", missing)
+
+
+def test_failed_runs_leave_the_tables_as_they_were(
+    sandbox: Sandbox, configure: Configure, tmp_path: Path
+) -> None:
+    """What happened, how far the run came, and which run is in the tables now."""
+    last = run_id(loaded(sandbox))
+    unchanged = {
+        LAUNCHES: f"30 rows, unchanged since run {last}",
+        CORES: f"38 rows, unchanged since run {last}",
+    }
+    config = configure()
+    not_found(sandbox)
+    check_failure(sandbox, sandbox.run(*JSON, *config), "extract: GET", unchanged)
+    markup(sandbox)
+    done = sandbox.run(*JSON, *config)
+    check_failure(sandbox, done, "transform: the source is HTML or XML.*<!channel> & <", unchanged)
+    few(sandbox)
+    done = sandbox.run(*JSON, *config)
+    rows = f"{LAUNCHES} 3, {CORES} 3"
+    check_failure(sandbox, done, f"load: {LAUNCHES} has 30 rows and would", unchanged, rows)
+    sandbox.source.body = SAMPLE.read_bytes()
+    rows = f"{LAUNCHES} 30, {CORES} 38"
+    done = sandbox.run(*JSON, *config, **sitecustomize(tmp_path, BUG))
+    check_failure(sandbox, done, ".*a bug", unchanged, rows)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=str)
+def test_a_stopped_run(sandbox: Sandbox, configure: Configure, number: signal.Signals) -> None:
+    waiting, over = threading.Event(), threading.Event()
+
+    def stall(_: BaseHTTPRequestHandler) -> None:
+        waiting.set()
+        over.wait(20)
+
+    sandbox.source.answers = [stall]
+    process = subprocess.Popen(
+        sandbox.command(*JSON, *configure()),
+        env=sandbox.child_environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert waiting.wait(10)
+    process.send_signal(number)
+    done = Done(process.args, process.wait(LIMIT + 2), "", process.communicate()[1])
+    over.set()
+    assert done.returncode == 128 + number
+    missing = dict.fromkeys((LAUNCHES, CORES), "does not exist")
+    check_failure(sandbox, done, rf"(extract: )?stopped by {number.name}$", missing)
+
+
+def refused(sandbox: Sandbox) -> None:
+    secret = json.dumps(sandbox.secret() | {"PORT": 9})
+    sandbox.secrets.put_secret_value(SecretId=SECRET, SecretString=secret)
+
+
+def no_json(sandbox: Sandbox) -> None:
+    sandbox.secrets.put_secret_value(SecretId=SECRET, SecretString="{")
+
+
+@pytest.mark.parametrize(
+    ("prepare", "why"),
+    [(refused, "Connection refused"), (no_json, f"the secret {SECRET} is not a JSON object")],
+)
+def test_tables_that_cannot_be_looked_up(
+    sandbox: Sandbox, configure: Configure, prepare: Callable[[Sandbox], None], why: str
+) -> None:
+    prepare(sandbox)
+    done = sandbox.run(*JSON, *configure(redshift={"connect_seconds": 0}))
+    assert done.returncode == 1
+    (reason,) = log_of(done, "ERROR")
+    *lines, last = check_message(sandbox, f"pipeline failed on {HOST}: {reason}")
+    assert not [line for line in lines if line.startswith("public.")]
+    assert why in last
+
+
+def test_a_huge_error(sandbox: Sandbox, configure: Configure) -> None:
+    """Each table differs in each column; the message is cut for Slack."""
+    for name in (LAUNCHES, CORES):
+        columns = [path.replace(".", "_") for path in SHIPPED["tables"][name]["columns"]]
+        with sandbox.connect() as connection:
+            sql = ", ".join(f'"{column}" date' for column in columns)
+            connection.execute(f"CREATE TABLE {name} ({sql})".encode())
+    done = sandbox.run(*JSON, *configure())
+    (reason,) = log_of(done, "ERROR")
+    assert len(reason) > 10_000
+    check_message(sandbox, f"pipeline failed on {HOST}: {reason}")
+
+
+def test_a_subject_is_short_and_ascii(sandbox: Sandbox, configure: Configure) -> None:
+    """SNS refuses a message whose subject is not."""
+    sandbox.source.body = json.dumps([{"id": "Ähre 🚀\r\n" * 9, "flight_number": "one"}]).encode()
+    done = sandbox.run(*JSON, *configure(name="Blütenlese"))
+    (reason,) = log_of(done, "ERROR")
+    assert reason.startswith(f"transform: {LAUNCHES}")
+    check_message(sandbox, f"Blütenlese failed on {HOST}: {reason}")
+
+
+# --- what a success says -------------------------------------------------------------------------
+
+
+def test_successful_runs(sandbox: Sandbox, configure: Configure) -> None:
+    config = configure(sandbox.alerts("success"))
+    rows_at_heartbeat = []
+
+    def alive(handler: BaseHTTPRequestHandler) -> None:
+        rows_at_heartbeat.append(sandbox.query(f"SELECT count(*) FROM {LAUNCHES}")[0]["count"])
+        answer(handler, 200)
+
+    sandbox.heartbeat.answers = [alive]
+    done = loaded(sandbox, *config)
+    check_success(sandbox, done, f"{LAUNCHES} 30 rows (+30), {CORES} 38 rows (+38)")
+    assert rows_at_heartbeat == [30]
+
+    # Fewer rows, and all kinds of warnings; one of them would make Slack call the channel.
+    launches = json.loads(SAMPLE.read_bytes())[:-2]
+    lost = sum(len(launch["cores"]) for launch in json.loads(SAMPLE.read_bytes())[-2:])
+    odd = "<!channel>" + "&" * 4000
+    for launch in launches:
+        launch[odd] = 1
+        del launch["auto_update"]
+    sandbox.source.body = json.dumps(launches).encode()
+    sandbox.source.answers = [lambda handler: answer(handler, 503, Retry_After="0")]
+    with sandbox.connect() as connection:
+        connection.execute(f"ALTER TABLE {LAUNCHES} DROP COLUMN details".encode())
+    done = loaded(sandbox, *config)
+    warnings = log_of(done, "WARNING")
+    assert [word for word in ("503", odd, "auto_update") if word not in str(warnings)] == []
+    tables = f"{LAUNCHES} 28 rows (-2), {CORES} {38 - lost} rows (-{lost})"
+    warnings.append('ADD COLUMN "details" varchar(16384)')
+    check_success(sandbox, done, tables, *warnings)
+
+    # By default only the heartbeat is told.
+    loaded(sandbox, *configure())
+    assert sandbox.received() == {"heartbeat": [f"/{PING}"]}
+
+    # Who wants to hear of success only hears nothing of a failure.
+    not_found(sandbox)
+    assert sandbox.run(*configure(sandbox.alerts("success"))).returncode == 1
+    assert sandbox.received() == {}
+
+
+def check_success(sandbox: Sandbox, done: Done, tables: str, *warnings: str) -> None:
+    first = f"pipeline succeeded on {HOST}: {tables}"
+    run, took, *lines = check_message(sandbox, first, heartbeat=True)
+    assert run == f"run: {run_id(done)}"
+    assert re.fullmatch(r"took: \d+\.\d s", took)
+    unknown = [line for line in lines if not [some for some in warnings if some in line]]
+    missing = [some for some in warnings if not [line for line in lines if some in line]]
+    assert (unknown, missing) == ([], [])
+
+
+# --- who is not told -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "changes", "status"),
+    [
+        (["--dry-run"], {}, 0),
+        (["--dry-run", "--source", "/nowhere"], {}, 1),
+        ([], {"redshift": {"secret": 1}}, 2),
+        (["--log-format", "xml"], {}, 2),
+    ],
+    ids=str,
+)
+def test_nobody_is_alerted(
+    sandbox: Sandbox,
+    configure: Configure,
+    arguments: list[str],
+    changes: dict[str, Any],
+    status: int,
+) -> None:
+    config = configure(sandbox.alerts("failure", "success"), **changes)
+    assert sandbox.run(*arguments, *config).returncode == status
+    assert sandbox.received() == {}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"on": ["always"]},
+        {"sns_topic": "etl-alerts"},
+        {"heartbeat_url": f"ftp://127.0.0.1/{PING}"},
+        {"heartbeat_url": f"127.0.0.1/{PING}"},
+        # Whoever puts the URL here has it in the repository, and in the log of each failure.
+        {"slack_webhook_secret": f"https://hooks.slack.com/services/{WEBHOOK}"},
+        {"slack_channel": "#etl"},
+    ],
+    ids=str,
+)
+def test_wrong_settings(sandbox: Sandbox, configure: Configure, wrong: dict[str, Any]) -> None:
+    done = sandbox.run(*configure(sandbox.alerts() | wrong))
+    assert done.returncode == 2, done.stderr
+    assert f"alerts.{next(iter(wrong))}" in done.stderr
+
+
+# --- channels that fail --------------------------------------------------------------------------
+
+
+def test_a_test_alert(sandbox: Sandbox, configure: Configure) -> None:
+    done = sandbox.run("--test-alerts", *configure())
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == ["heartbeat: sent", "slack: sent", "sns: sent"]
+    got = sandbox.received()
+    assert HOST in got["sns"][0]["Message"]
+    assert HOST in got["slack"][0]["text"]
+    assert got["heartbeat"] == [f"/{PING}"]
+    assert sandbox.source.requests == sandbox.redshift.statements == []
+
+    done = sandbox.run("--test-alerts", *configure({}))
+    assert done.returncode == 1
+    assert "alerts" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("text", ['{"url": "%s"}', '{"URL": "%s", "note": 1}', "%s\n"])
+def test_forms_of_the_webhook_secret(sandbox: Sandbox, configure: Configure, text: str) -> None:
+    set_webhook(sandbox, text % sandbox.slack.url)
+    done = sandbox.run("--test-alerts", *configure({"slack_webhook_secret": SLACK_SECRET}))
+    assert (done.returncode, done.stdout) == (0, "slack: sent\n"), done.stderr
+
+
+def set_webhook(sandbox: Sandbox, text: str) -> None:
+    sandbox.secrets.put_secret_value(SecretId=SLACK_SECRET, SecretString=text)
+
+
+def answering(channel: str, status: int) -> Callable[[Sandbox], dict[str, str]]:
+    def break_(sandbox: Sandbox) -> dict[str, str]:
+        getattr(sandbox, channel).answers = [responds(status, b"no_team")] * 9
+        return {}
+
+    return break_
+
+
+def webhook(text: str) -> Callable[[Sandbox], dict[str, str]]:
+    def break_(sandbox: Sandbox) -> dict[str, str]:
+        set_webhook(sandbox, text)
+        return {}
+
+    return break_
+
+
+# Channel, what breaks it, why it says it was not told.
+BREAKS: dict[str, tuple[str, Callable[[Sandbox], dict[str, str]], str]] = {
+    "slack 404": ("slack", answering("slack", 404), "404"),
+    "slack 500": ("slack", answering("slack", 500), "500"),
+    "refused": ("slack", webhook(f"{REFUSES}/{WEBHOOK}"), "refused"),
+    "unknown host": ("slack", webhook(f"https://nowhere.invalid/{WEBHOOK}"), "resol|known"),
+    "wrong port": ("slack", webhook(f"https://127.0.0.1:one/{WEBHOOK}"), "."),
+    "wrong brackets": ("slack", webhook(f"http://[/{WEBHOOK}"), "."),
+    "wrong host": ("slack", webhook(f"http://a..b/{WEBHOOK}"), "."),
+    "ftp": ("slack", webhook(f"ftp://127.0.0.1/{WEBHOOK}"), SLACK_SECRET),
+    "no URL": ("slack", webhook(WEBHOOK), SLACK_SECRET),
+    "JSON without URL": ("slack", webhook(json.dumps({"HOOK": WEBHOOK})), SLACK_SECRET),
+    "no secret": ("slack", lambda _: {"slack_webhook_secret": "no/such"}, "no/such"),
+    "no topic": ("sns", lambda sandbox: {"sns_topic": sandbox.topic + "-gone"}, "-gone.*NotFound"),
+    "heartbeat 500": ("heartbeat", answering("heartbeat", 500), "500"),
+    "heartbeat refused": ("heartbeat", lambda _: {"heartbeat_url": f"{REFUSES}/{PING}"}, "refused"),
+}
+
+
+@pytest.mark.parametrize("break_", BREAKS)
+def test_a_channel_that_fails(sandbox: Sandbox, configure: Configure, break_: str) -> None:
+    """The reason is told without the URL, and the other channels get theirs."""
+    channel, prepare, why = BREAKS[break_]
+    done = sandbox.run("--test-alerts", *configure(sandbox.alerts() | prepare(sandbox)))
+    assert done.returncode == 1
+    lines = sorted(done.stdout.splitlines())
+    (failed,) = [line for line in lines if not line.endswith(": sent")]
+    assert re.match(rf"{channel}: failed: .*({why})", failed), failed
+    assert [line.partition(":")[0] for line in lines] == ["heartbeat", "slack", "sns"]
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_all_channels_fail(sandbox: Sandbox, configure: Configure, status: int) -> None:
+    """The run ends as it would have, and warns of each."""
+    for server in (sandbox.slack, sandbox.heartbeat):
+        server.answers = [responds(500)] * 9
+    if status:
+        not_found(sandbox)
+    alerts = sandbox.alerts("success", "failure") | {"sns_topic": sandbox.topic + "-gone"}
+    done = sandbox.run(*JSON, *configure(alerts))
+    assert done.returncode == status, done.stderr
+    told = {"slack", "sns"} if status else {"slack", "sns", "heartbeat"}
+    assert warned(done) == told
+    assert len(log_of(done, "WARNING")) == len(told)
+
+
+def warned(done: Done) -> set[str]:
+    """The channels of which the log says that they were not told."""
+    found = [re.match(r"alerts: (\w+): ", text) for text in log_of(done, "WARNING")]
+    return {match[1] for match in found if match}
+
+
+# --- channels that hang --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def silent() -> Iterator[Source]:
+    """A server that accepts and never answers."""
+    over = threading.Event()
+    with Source(f"/services/{WEBHOOK}", b"") as server:
+        server.answers = [lambda _: over.wait() and None] * 99
+        yield server
+        over.set()
+
+
+def dripping(handler: BaseHTTPRequestHandler) -> None:
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\nSlow: ")
+    with contextlib.suppress(OSError):
+        for _ in range(60):
+            handler.wfile.write(b".")
+            time.sleep(0.5)
+
+
+# A name that nobody answers for: the resolver of the system tries for longer than we want to wait.
+SLOW_RESOLVER = """
+import socket, time
+real = socket.getaddrinfo
+def getaddrinfo(host, *others, **more):
+    if str(host).endswith(".invalid"):
+        time.sleep(30)
+    return real(host, *others, **more)
+socket.getaddrinfo = getaddrinfo
+"""
+
+
+def test_everything_hangs(
+    sandbox: Sandbox, configure: Configure, silent: Source, tmp_path: Path
+) -> None:
+    """Sending ends after ten seconds, and the run as it would have."""
+    environment = sitecustomize(tmp_path, SLOW_RESOLVER)
+    quiet = silent.url.removesuffix(f"/services/{WEBHOOK}")
+    lost = "http://nowhere.invalid"
+    secrets = {
+        "silent/slack": silent.url,
+        "lost/slack": f"{lost}/{WEBHOOK}",
+        "silent/redshift": json.dumps(sandbox.secret() | {"PORT": silent.server.server_port}),
+    }
+    for name, text in secrets.items():
+        sandbox.secrets.create_secret(Name=name, SecretString=text)
+    sandbox.heartbeat.answers = [dripping] * 9
+    channels = sandbox.alerts("success", "failure")
+
+    def run(name: str, arguments: list[str], endpoints: dict[str, str], **changes: Any) -> Any:
+        alerts = channels | changes.pop("alerts", {})
+        config = configure(alerts, name, **changes)
+        done = sandbox.run(*JSON, *config, *arguments, **environment, **endpoints)
+        (end, *_) = [
+            datetime.fromisoformat(entry["timestamp"])
+            for entry in (*entries(done, "ERROR"), *reversed(entries(done, "INFO")))
+        ]
+        return done, (datetime.now(UTC) - end).total_seconds()
+
+    fails = ["--source", "/nowhere"]
+    with ThreadPoolExecutor() as pool:
+        runs = [
+            pool.submit(
+                run,
+                "channels",
+                [],
+                {"AWS_ENDPOINT_URL_SNS": quiet},
+                alerts={"slack_webhook_secret": "silent/slack"},
+            ),
+            pool.submit(
+                run,
+                "names",
+                [],
+                {"AWS_ENDPOINT_URL_SNS": lost},
+                alerts={"slack_webhook_secret": "lost/slack", "heartbeat_url": f"{lost}/{PING}"},
+            ),
+            pool.submit(run, "aws", fails, {"AWS_ENDPOINT_URL": quiet}),
+            pool.submit(run, "redshift", fails, {}, redshift={"secret": "silent/redshift"}),
+        ]
+    hung, unresolved, without_aws, without_redshift = (future.result() for future in runs)
+    every = {"slack", "sns", "heartbeat"}
+    for (done, seconds), status, told in (
+        (hung, 0, every),
+        (unresolved, 0, every),
+        (without_aws, 1, {"slack", "sns"}),
+        (without_redshift, 1, set()),
+    ):
+        assert done.returncode == status, done.stderr
+        assert seconds < LIMIT + 2, done.stderr  # two for the end of the process
+        assert warned(done) == told, done.stderr
+    lines = check_message(
+        sandbox, f"redshift failed on {HOST}: extract: the source /nowhere is not a file"
+    )
+    assert not [line for line in lines if line.startswith("public.")]
