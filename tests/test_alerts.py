@@ -138,7 +138,7 @@ def few(sandbox: Sandbox) -> None:
 
 
 def check_failure(
-    sandbox: Sandbox, done: Done, error: str, tables: dict[str, str], rows: str | None = None
+    sandbox: Sandbox, done: Done, error: str, tables: dict[str, str], rows: str = "none"
 ) -> None:
     """Each channel got the one message that belongs to a failed run."""
     assert done.returncode in (1, 130, 143), done.stderr
@@ -146,9 +146,8 @@ def check_failure(
     assert re.match(error, reason), reason
     lines = check_message(sandbox, f"pipeline failed on {HOST}: {reason}")
     assert lines[0] == f"run: {run_id(done)}"
-    assert [line for line in lines if line.startswith("rows so far: ")] in (
-        [[f"rows so far: {rows}"]] if rows else [[], ["rows so far: none"]]
-    )
+    (so_far,) = [line for line in lines if line.startswith("rows so far: ")]
+    assert so_far == f"rows so far: {rows}"
     assert len([line for line in lines if re.fullmatch(r"took: \d+\.\d s", line)]) == 1
     assert lines[-len(tables) :] == [f"{name}: {state}" for name, state in tables.items()]
     assert [text for text in log_of(done, "WARNING") if text.startswith("alerts")] == []
@@ -176,13 +175,15 @@ def test_failed_runs_leave_the_tables_as_they_were(
     check_failure(sandbox, sandbox.run(*JSON, *config), "extract: GET", unchanged)
     markup(sandbox)
     done = sandbox.run(*JSON, *config)
-    check_failure(sandbox, done, "transform: the source is HTML or XML.*<!channel> & <", unchanged)
+    none = f"{LAUNCHES} 0 rows, {CORES} 0 rows"
+    error = "transform: the source is HTML or XML.*<!channel> & <"
+    check_failure(sandbox, done, error, unchanged, none)
     few(sandbox)
     done = sandbox.run(*JSON, *config)
-    rows = f"{LAUNCHES} 3, {CORES} 3"
+    rows = f"{LAUNCHES} 3 rows, {CORES} 3 rows"
     check_failure(sandbox, done, f"load: {LAUNCHES} has 30 rows and would", unchanged, rows)
     sandbox.source.body = SAMPLE.read_bytes()
-    rows = f"{LAUNCHES} 30, {CORES} 38"
+    rows = f"{LAUNCHES} 30 rows, {CORES} 38 rows"
     done = sandbox.run(*JSON, *config, **sitecustomize(tmp_path, BUG))
     check_failure(sandbox, done, ".*a bug", unchanged, rows)
 
@@ -442,7 +443,6 @@ def test_all_channels_fail(sandbox: Sandbox, configure: Configure, status: int) 
     assert done.returncode == status, done.stderr
     told = {"slack", "sns"} if status else {"slack", "sns", "heartbeat"}
     assert warned(done) == told
-    assert len(log_of(done, "WARNING")) == len(told)
 
 
 def warned(done: Done) -> set[str]:
@@ -543,6 +543,8 @@ def test_everything_hangs(
         assert seconds < LIMIT + 2, done.stderr  # two for the end of the process
         assert warned(done) == told, done.stderr
     lines = check_message(
-        sandbox, f"redshift failed on {HOST}: extract: the source /nowhere is not a file"
+        sandbox,
+        f"redshift failed on {HOST}: extract: the source /nowhere is not a file",
+        heartbeat=True,  # the one that drips
     )
     assert not [line for line in lines if line.startswith("public.")]
