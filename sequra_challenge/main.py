@@ -192,7 +192,7 @@ class Config:
     on: tuple[str, ...] = setting("alerts", ["failure|success"], ("failure",))
     slack_webhook_secret: str | None = setting("alerts", rf"(?!.*://){SECRET}", None)
     sns_topic: str | None = setting("alerts", r"arn:aws[\w-]*:sns:[\w-]+:\d{12}:[\w.-]+", None)
-    heartbeat_url: str | None = setting("alerts", r"https?://.+", None)
+    heartbeat_url: str | None = setting("alerts", r"https?://[\w.:@%-]+([/?]\S*)?", None)
 
 
 # What the load sets in each row, and what else Redshift has no room for in a table.
@@ -266,12 +266,14 @@ def load_config(path: Path) -> Config:
 
 def _checked(given: Any, rule: Any, at: str, faults: list[str], *default: Any) -> Any:
     """What the file sets, with defaults and numbers; adds what is wrong with it to the faults."""
+    is_open = not at.startswith(("alerts", "source.headers"))  # no secret, or part of one
+    shown = shorten(given) if is_open else "what is there"
     missing = given is None or str(given).lower() in ("", "null", "~")
     dot = f"{at}." if at else ""
     if isinstance(rule, dict):
         if not isinstance(given, dict):
             if not missing:
-                faults.append(f"{at or 'the file'}: must be a mapping, not {shorten(given)}")
+                faults.append(f"{at or 'the file'}: must be a mapping, not {shown}")
             given = {}
         if "*" in rule:
             if not given and not default:
@@ -290,8 +292,7 @@ def _checked(given: Any, rule: Any, at: str, faults: list[str], *default: Any) -
         return tuple(_checked(item, rule[0], at, faults) for item in items)
     if not isinstance(given, str) or not re.fullmatch(rule, given, re.ASCII):
         wrong = "unknown type" if rule is TYPE else f"must match {rule}, not"
-        is_open = not at.startswith(("alerts.", "source.headers."))  # no secret, or part of one
-        faults.append(f"{at}: {wrong} {repr(given) if is_open else 'what is there'}")
+        faults.append(f"{at}: {wrong} {shown}")
         return (*default, str(given))[0]
     return type(default[0])(given) if default and isinstance(default[0], int | float) else given
 
@@ -874,7 +875,8 @@ def warn_of_drift(tables: tuple[Table, ...], served: set[str]) -> None:
     known = {source_path(t, path[: n + 1]) for t, path in columns for n in range(len(path))}
     known |= {".".join(table.rows[: n + 1]) for table in tables for n in range(len(table.rows))}
     for path in sorted(served - known - {""}):
-        log.warning("the source has a field that no table loads: %s", path)
+        shown = path if path.isprintable() else shorten(path)
+        log.warning("the source has a field that no table loads: %s", shown)
     for path in sorted(wanted - served - {""}):
         log.warning("no record has the field %s, so its column is null", path)
 
@@ -1503,7 +1505,8 @@ def send_sns(topic: str, first: str, lines: list[str]) -> None:
     subject = re.sub(r"[^ -~]+", "?", first)[:100]  # what SNS takes
     with aws_errors("publish to", topic):
         sns = aws_client("sns", topic.split(":")[3])
-        sns.publish(TopicArn=topic, Subject=subject, Message="\n".join([first, *lines]))
+        message = "\n".join([first, *lines]).encode()[:250_000].decode(errors="ignore")
+        sns.publish(TopicArn=topic, Subject=subject, Message=message)
 
 
 def send_heartbeat(url: str, _first: str, _lines: list[str]) -> None:
@@ -1524,7 +1527,8 @@ def tables_now(config: Config) -> list[str]:
                     rows, run_id = execute(cursor, sql).fetchone()
                     yield f"{table.name}: {rows} rows, unchanged since run {run_id}"
                 except PipelineError as error:
-                    yield f"{table.name}: {error}"
+                    absent = re.search(r'relation "[^"]+" does not exist$', str(error))
+                    yield f"{table.name}: {'does not exist' if absent else error}"
 
     ((_, lines),) = in_time({"": lambda: list(look())}, ALERT_SECONDS / 2)
     return lines if isinstance(lines, list) else [f"tables: not known, {error_text(lines)[0]}"]
@@ -1561,19 +1565,19 @@ class LogFormatter(logging.Formatter):
         error = record.exc_info[1] if record.exc_info else None
         stack = self.formatException(record.exc_info) if record.exc_info else ""
         if self.as_json:
-            line = {
+            line: dict[str, Any] = {
                 "timestamp": f"{moment:%Y-%m-%dT%H:%M:%S.%f}"[:-3] + "Z",
                 "level": record.levelname,
-                "message": record.getMessage(),
+                "message": masked(record.getMessage()),
                 **context,
                 **getattr(record, "figures", {}),
             }
             if error:
-                kind = type(error).__name__
-                line["error"] = {"kind": kind, "message": str(error), "stack": stack}
-            return masked(json.dumps(line))
-        step = context["step"] and f"{context['step']}: "
-        text = f"{moment:%Y-%m-%dT%H:%M:%SZ} {record.levelname:7} {step}{record.getMessage()}"
+                texts = {"message": masked(str(error)), "stack": masked(stack)}
+                line["error"] = {"kind": type(error).__name__, **texts}
+            return json.dumps(line)
+        begin = f"{moment:%Y-%m-%dT%H:%M:%SZ} {record.levelname:7} {context['step']}: "
+        text = f"{begin}{record.getMessage()}"
         return masked(text if isinstance(error, EXPECTED) or not error else f"{text}\n{stack}")
 
 
@@ -1620,6 +1624,7 @@ def run_pipeline(config: Config, dry_run: bool = False, allow_shrink: bool = Fal
         event, status = "failure", error.status if isinstance(error, Stopped) else 1
         what = f"failed on {socket.gethostname()}: {context['step']}: {reason}"
     context["step"] = "alerts"
+    on_signal(signal.SIG_IGN)  # the result stands, and the rest takes some seconds at most
     if (to := channels(config, event)) and not dry_run:
         seconds = (datetime.now(UTC) - run.started).total_seconds()
         lines = [f"run: {run.id}", f"took: {seconds:.1f} s"]
@@ -1727,12 +1732,9 @@ def main(arguments: list[str] | None = None) -> int:
         if options.test_alerts:
             return test_alerts(config)
         return run_pipeline(config, options.dry_run, options.allow_shrink)
-    except ConfigError as error:
+    except (Exception, Stopped) as error:
         log.error("%s", error, exc_info=True)
-        return 2
-    except Stopped as stopped:
-        log.error("%s", stopped, exc_info=True)
-        return stopped.status
+        return error.status if isinstance(error, Stopped) else 1 + isinstance(error, ConfigError)
     finally:
         on_signal(signal.SIG_IGN)
 
