@@ -198,6 +198,7 @@ def test_other_shapes(
         ([page(things(1), "?2"), responds(200, b"<html>Busy")], "not JSON.*<html>Busy"),
         ([page(things(1), "?2"), responds(200, b'{"results": [{"id": 2')], "not JSON"),
         ([responds(200, gzip.compress(b'{"results": []}')[:-9])], "/v5/launches: "),
+        ([responds(200, b"\x1f\x8b\x08" + b"\0" * 7 + b"\xff" * 9)], "/v5/launches: "),
         ([responds(200, {"detail": "Not here"})], "no array at source.records.*Not here"),
         ([page(things(1), "?2"), responds(200, {"results": {"id": 2}})], "no array"),
         ([responds(200, things(1))], "no array at source.records"),
@@ -211,6 +212,7 @@ def test_other_shapes(
         "HTML",
         "ends early",
         "gzip ends early",
+        "broken gzip",
         "no array",
         "an object",
         "the array itself",
@@ -286,6 +288,7 @@ def test_a_double_key_within_a_page_is_an_error(sandbox: Sandbox, load: Load) ->
         "file:///etc/passwd",
         "s3://my-data-bucket/x",
         "http://[::1",
+        "http://127.0.0.1:99999/x",
     ],
 )
 def test_a_next_page_elsewhere_is_refused(source: Source, fetch: Fetch, following: str) -> None:
