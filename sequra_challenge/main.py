@@ -72,6 +72,9 @@ READ_CHARACTERS = 1 << 20
 WHITESPACE = " \t\r\n"  # of JSON
 BATCH_RECORDS = 2_000  # some 30 MB of Python objects where a record is 2 kB of JSON
 BATCH_CHARACTERS = 8 << 20
+# What reading JSON raises: for a number of 5,000 digits, an exponent of 20, deep brackets, bytes
+# that are not UTF-8, a gzip file that is damaged or ends early.
+UNREADABLE = (ValueError, ArithmeticError, RecursionError, EOFError, OSError, zlib.error)
 BATCHES_AHEAD = 3  # of the thread that compresses and uploads
 GZIP_LEVEL = 4
 
@@ -267,7 +270,7 @@ def load_config(path: Path) -> Config:
 def _checked(given: Any, rule: Any, at: str, faults: list[str], *default: Any) -> Any:
     """What the file sets, with defaults and numbers; adds what is wrong with it to the faults."""
     is_open = not at.startswith(("alerts", "source.headers"))  # no secret, or part of one
-    shown = shorten(given) if is_open else "what is there"
+    shown = repr(given) if is_open else "what is there"
     missing = given is None or str(given).lower() in ("", "null", "~")
     dot = f"{at}." if at else ""
     if isinstance(rule, dict):
@@ -470,7 +473,7 @@ def download_pages(
         while url:
             page = len(seen) + 1
             if url in seen or page > config.max_pages or is_elsewhere(config.url, url):
-                rule = "was there before" if url in seen else "is on another host"
+                rule = "was there before" if url in seen else "is on another host, or without TLS"
                 rule = rule if page <= config.max_pages else "is one more than source.max_pages"
                 raise PipelineError(f"page {page}, {public_url(url)}, {rule}")
             seen.add(url)
@@ -497,7 +500,7 @@ def read_page(config: Config, url: str, file: Path) -> tuple[list[Any], str]:
         with open_body(file) as body:
             text = body.read()
         page = json.loads(text, parse_float=Decimal)
-    except (ValueError, ArithmeticError, RecursionError, EOFError, OSError) as error:
+    except UNREADABLE as error:
         begins = shorten(text[:200].decode(errors="replace"), 200)
         what = f"not JSON: {error}, it begins {begins}"
         raise PipelineError(f"GET {public_url(url)}: {what}") from None
@@ -507,7 +510,9 @@ def read_page(config: Config, url: str, file: Path) -> tuple[list[Any], str]:
         raise PipelineError(f"GET {public_url(url)}: {what}")
     following = dig(page, config.next.split(".")) if config.next else None
     try:
-        return records, urljoin(url, following) if following else ""
+        following = urljoin(url, following) if following else ""
+        urlsplit(following).port  # noqa: B018 - raises ValueError
+        return records, following
     except (ValueError, TypeError, AttributeError):
         what = f"no URL at source.next: {shorten(following)}"
         raise PipelineError(f"GET {public_url(url)}: {what}") from None
@@ -560,9 +565,7 @@ def read_batches(path: Path) -> Iterator[list[dict[str, Any]]]:
     except json.JSONDecodeError as error:
         near = shorten(error.doc[max(0, error.pos - 40) : error.pos + 40])
         raise PipelineError(f"not JSON after record {count}: {error.msg}, near {near}") from None
-    except (ValueError, ArithmeticError, RecursionError, EOFError, OSError, zlib.error) as error:
-        # A number of 5,000 digits, an exponent of 20, brackets a thousand deep, bytes that are
-        # not UTF-8, a gzip file that is damaged.
+    except UNREADABLE as error:
         raise PipelineError(f"not readable after record {count}: {error}") from None
     if not count:
         raise PipelineError("the source is empty, there is nothing to load")

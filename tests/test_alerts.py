@@ -448,7 +448,6 @@ BREAKS: dict[str, tuple[str, Callable[[Sandbox], dict[str, str]], str]] = {
     "JSON without URL": ("slack", webhook(json.dumps({"HOOK": WEBHOOK})), SLACK_SECRET),
     "no secret": ("slack", lambda _: {"slack_webhook_secret": "no/such"}, "no/such"),
     "no topic": ("sns", lambda sandbox: {"sns_topic": sandbox.topic + "-gone"}, "-gone.*NotFound"),
-    "heartbeat brackets": ("heartbeat", lambda _: {"heartbeat_url": f"http://[/{PING}"}, "."),
     "heartbeat refused": ("heartbeat", lambda _: {"heartbeat_url": f"{REFUSES}/{PING}"}, "refused"),
 }
 
