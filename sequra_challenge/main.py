@@ -1717,7 +1717,7 @@ def main(arguments: list[str] | None = None) -> int:
     option("--dry-run", action="store_true", help="stop before S3; print first rows and SQL")
     option("--allow-shrink", action="store_true", help="replace rows by far fewer, this once")
     option("--verbose", action="store_true", help="log the SQL, with its times")
-    option("--log-format", default=os.environ.get("LOG_FORMAT", "text"), help="text or json")
+    option("--log-format", default=os.environ.get("LOG_FORMAT") or "text", help="text or json")
     option("--test-alerts", action="store_true", help="send a test message to every channel")
     options = parser.parse_args(arguments)
     if options.log_format not in ("text", "json"):
