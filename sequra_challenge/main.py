@@ -834,7 +834,7 @@ def _super(values: list[Any]) -> list[str | None]:
         raise Unfit(f"is not JSON that super holds: {error}") from None
     texts = f"{text[1:-1]},".split(f',"{mark}",')[:-1]
     _check_texts(texts, 16 << 20)
-    if max(map(len, texts)) > 65_535 // 4 or "\\u0000" in text:
+    if max(map(len, texts), default=0) > 65_535 // 4 or "\\u0000" in text:
         _check_texts(list(_texts_in(values)), 65_535)
     return [None if v is None else text for v, text in zip(values, texts, strict=True)]
 
