@@ -671,10 +671,7 @@ def transform(records: list[dict[str, Any]], table: Table, served: set[str]) -> 
     for path in sorted({c.path[:depth] for c in table.columns for depth in range(len(c.path))}):
         if path:
             levels[path] = checked(_objects, path)
-        served |= {
-            source_path(table, (*path, name))
-            for name in set().union(*set(map(tuple, levels[path])))
-        }
+        served |= {source_path(table, (*path, name)) for name in set().union(*levels[path])}
     frame = pd.DataFrame(
         {c.name: checked(partial(convert, c, c.name in table.key), c.path) for c in table.columns}
     )
@@ -811,13 +808,12 @@ def _check_texts(texts: list[str], most: int) -> None:
     if "\0" in together:
         raise Unfit("has a NUL character, which Redshift cannot hold")
     try:
-        together.encode()
+        sizes = map(len, texts if together.isascii() else map(str.encode, texts))
+        size = max(sizes, default=0)
     except UnicodeEncodeError:
         raise Unfit("has a lone surrogate, which UTF-8 cannot hold") from None
-    if max(map(len, texts), default=0) > most // 4:  # a character has at most 4 bytes
-        size = max(len(text.encode()) for text in texts)
-        if size > most:
-            raise Unfit(f"has a text of {size} bytes, at most {most} fit")
+    if size > most:
+        raise Unfit(f"has a text of {size} bytes, at most {most} fit")
 
 
 def _super(values: list[Any]) -> list[str | None]:
@@ -954,7 +950,9 @@ def csv_rows(frame: pd.DataFrame, null: str) -> str:
 
     def cells(column: pd.Series) -> Iterable[str]:
         if column.dtype == object:
-            return [null if c is None else '"' + c.replace('"', '""') + '"' for c in column]
+            return [
+                null if c is None else '"' + c.replace('"', '""') + '"' for c in column.tolist()
+            ]
         return map(str, column.to_numpy(object, na_value=null))
 
     rows = zip(*(cells(column) for _, column in frame.items()), strict=True)
