@@ -78,6 +78,9 @@ UNREADABLE = (ValueError, ArithmeticError, RecursionError, EOFError, OSError, zl
 BATCHES_AHEAD = 3  # of the thread that compresses and uploads
 GZIP_LEVEL = 4
 
+Upload = Callable[[str, Path], None]  # takes a table's name, or "raw", and a file
+Channel = Callable[[str, list[str]], None]  # sends a message's first line and its other lines
+
 log = logging.getLogger("sequra_challenge")
 
 
@@ -392,7 +395,8 @@ def http_session(headers: dict[str, str]) -> requests.Session:
 
 def is_elsewhere(url: str, other: str) -> bool:
     """Whether what is secret for one URL must not be sent to the other."""
-    return bool(requests.Session().should_strip_auth(url, other))  # type: ignore[no-untyped-call]
+    redirects = requests.sessions.SessionRedirectMixin()
+    return bool(redirects.should_strip_auth(url, other))  # type: ignore[no-untyped-call]
 
 
 def download(
@@ -918,7 +922,7 @@ class Run:
 class PartWriter:
     """Writes the rows of a table into gzipped CSV parts, each with a header; hands on full ones."""
 
-    def __init__(self, table: Table, run: Run, upload: Callable[[str, Path], None] | None) -> None:
+    def __init__(self, table: Table, run: Run, upload: Upload | None) -> None:
         self.table, self.run, self._upload = table, run, upload
         self.parts: list[Path] = []
         self._begin_part()
@@ -960,7 +964,7 @@ def csv_rows(frame: pd.DataFrame, null: str) -> str:
 
 
 def transform_to_parts(
-    run: Run, body: Path, upload: Callable[[str, Path], None] | None, rows: dict[str, int]
+    run: Run, body: Path, upload: Upload | None, rows: dict[str, int]
 ) -> list[PartWriter]:
     """Reads the source and writes the rows of all tables, batch by batch, into CSV parts.
 
@@ -1040,9 +1044,7 @@ def upload(run: Run, s3: AsyncResult[Any], figures: dict[str, int], name: str, f
     file.unlink()
 
 
-def stage(
-    run: Run, body: Path, staged: list[PartWriter], upload: Callable[[str, Path], None]
-) -> dict[str, str]:
+def stage(run: Run, body: Path, staged: list[PartWriter], upload: Upload) -> dict[str, str]:
     """Uploads the raw response, gzipped, and the manifests; returns where the rows come from."""
     raw = run.folder / ("response.ndjson.gz" if body.suffix == ".ndjson" else "response.json.gz")
     with open_body(body) as text, gzip.open(raw, "wb", GZIP_LEVEL) as target:
@@ -1444,9 +1446,9 @@ def copy_error(cursor: Any) -> str | None:
 _secrets: set[str] = set()
 
 
-def hide(*values: str | None) -> None:
+def hide(*values: str) -> None:
     """Has these texts masked in every log line and alert, though none should get there."""
-    _secrets.update(value for value in values if value and len(value) > 7)
+    _secrets.update(value for value in values if len(value) > 7)
 
 
 def masked(text: str) -> str:
@@ -1471,9 +1473,9 @@ def in_time(calls: Mapping[str, Callable[[], Any]], seconds: float) -> Iterator[
             yield name, error
 
 
-def channels(config: Config, event: str) -> dict[str, Callable[[str, list[str]], None]]:
+def channels(config: Config, event: str) -> dict[str, Channel]:
     """The channels that hear of an event (failure, success or test), as functions that send."""
-    found: dict[str, Callable[[str, list[str]], None]] = {}
+    found: dict[str, Channel] = {}
     if event in (*config.on, "test") and config.slack_webhook_secret:
         found["slack"] = partial(send_slack, config.slack_webhook_secret)
     if event in (*config.on, "test") and config.sns_topic:
@@ -1483,9 +1485,7 @@ def channels(config: Config, event: str) -> dict[str, Callable[[str, list[str]],
     return found
 
 
-def send(
-    to: dict[str, Callable[[str, list[str]], None]], first: str, lines: list[str]
-) -> dict[str, str]:
+def send(to: dict[str, Channel], first: str, lines: list[str]) -> dict[str, str]:
     """Sends a message, with its first line apart; returns for each channel what failed, or ""."""
     calls = {name: partial(call, masked(first), [*map(masked, lines)]) for name, call in to.items()}
     return {n: error_text(e)[0] if e else "" for n, e in in_time(calls, ALERT_SECONDS / 2)}
@@ -1678,8 +1678,9 @@ def run_steps(run: Run, dry_run: bool, rows: dict[str, int]) -> str:
         figures["tables"] = len(changes)
     context["step"] = "run"
     seconds = (datetime.now(UTC) - run.started).total_seconds()
-    log.info("done: %s, %.1f s", rows_text(rows, changes), seconds)
-    return rows_text(rows, changes)
+    loaded = rows_text(rows, changes)
+    log.info("done: %s, %.1f s", loaded, seconds)
+    return loaded
 
 
 def rows_text(rows: dict[str, int], changes: dict[str, tuple[int, int]]) -> str:

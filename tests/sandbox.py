@@ -97,7 +97,23 @@ ORDER BY launches DESC""",
 }
 
 
-class Source:
+class LocalServer:
+    """An HTTP server on loopback, which runs while it is entered."""
+
+    def __init__(self, handler: type[BaseHTTPRequestHandler]) -> None:
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+class Source(LocalServer):
     """An HTTP server with one document, and a small Launch Library 2.
 
     ``answers`` are given first, one a request: functions that get the request's handler and do
@@ -132,21 +148,13 @@ class Source:
             def log_message(self, *_: Any) -> None:
                 pass
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        super().__init__(Handler)
         self.url = self.at(path)
 
     def at(self, url: str) -> str:
         """The URL with this server in the place of its own."""
         host = f"127.0.0.1:{self.server.server_port}"
         return urlsplit(url)._replace(scheme="http", netloc=host).geturl()
-
-    def __enter__(self) -> Self:
-        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.server.shutdown()
-        self.server.server_close()
 
 
 def answer(handler: BaseHTTPRequestHandler, status: int, body: bytes = b"", **headers: str) -> None:

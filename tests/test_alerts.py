@@ -25,10 +25,10 @@ from typing import Any
 import pytest
 import yaml
 
+from configs import SHIPPED
 from sandbox import (
     BUG,
     PING,
-    ROOT,
     SAMPLE,
     SECRET,
     SLACK_SECRET,
@@ -43,7 +43,6 @@ Answer = Callable[[BaseHTTPRequestHandler], None]
 Configure = Callable[..., tuple[str, Path]]
 Done = subprocess.CompletedProcess[str]
 
-SHIPPED = yaml.safe_load((ROOT / "conf" / "pipeline.yaml").read_text())
 LAUNCHES, CORES = "public.launches", "public.launch_cores"
 HOST = socket.gethostname()
 JSON = ("--log-format", "json")

@@ -12,14 +12,13 @@ import json
 import random
 import re
 import ssl
-import threading
 from ast import literal_eval
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from fnmatch import fnmatchcase
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 from urllib.parse import parse_qs, urlsplit
 
 import boto3
@@ -31,7 +30,7 @@ from moto.core.common_models import CloudFormationModel
 from moto.secretsmanager.models import secretsmanager_backends
 from moto.secretsmanager.utils import random_password
 
-from sandbox import DATABASE, REGION, ROOT, SAMPLE, SECRET, Sandbox, answer
+from sandbox import DATABASE, REGION, ROOT, SAMPLE, SECRET, LocalServer, Sandbox, answer
 from sequra_challenge import main
 
 STACK = ROOT / "conf" / "aws" / "stack.yaml"
@@ -40,7 +39,7 @@ KEY = f"arn:aws:kms:{REGION}:123456789012:key/1c5d1b9e-0000-4000-8000-9d1b6cfb9f
 USER = "etl"
 
 
-class Server(ThreadingHTTPServer):
+class Server(LocalServer):
     """An HTTP server on loopback, or with ``tls`` an HTTPS server; use it as a context manager."""
 
     def __init__(
@@ -59,18 +58,10 @@ class Server(ThreadingHTTPServer):
             def log_message(self, *_: Any) -> None:
                 pass
 
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__(Handler)
         if tls:
-            self.socket = tls.wrap_socket(self.socket, server_side=True)
-        self.url = f"http{'s' if tls else ''}://localhost:{self.server_port}"
-
-    def __enter__(self) -> Self:
-        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.shutdown()
-        self.server_close()
+            self.server.socket = tls.wrap_socket(self.server.socket, server_side=True)
+        self.url = f"http{'s' if tls else ''}://localhost:{self.server.server_port}"
 
 
 # --- instance metadata --------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any, Self
 from urllib.parse import urlsplit
@@ -36,7 +36,7 @@ import yaml
 
 from configs import SHIPPED
 from redshift import DropConnection
-from sandbox import BUCKET, DATABASE, PASSWORD, SAMPLE, SECRET, USER, Sandbox, answer
+from sandbox import BUCKET, DATABASE, PASSWORD, SAMPLE, SECRET, USER, LocalServer, Sandbox, answer
 
 LAUNCHES, CORES, AUDIT = "public.launches", "public.launch_cores", "public.etl_runs"
 ROWS = {LAUNCHES: 30, CORES: 38}  # of the sample
@@ -445,7 +445,7 @@ def test_source_asks_for_nonsense(world: World, malformed: str) -> None:
 # --- AWS -----------------------------------------------------------------------------------------
 
 
-class FlakyProxy:
+class FlakyProxy(LocalServer):
     """An HTTP server in front of the sandbox's AWS.
 
     ``faults`` are answered first, one to each request with ``method``; None and what comes after
@@ -505,16 +505,7 @@ class FlakyProxy:
             def log_message(self, *_: Any) -> None:
                 pass
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-
-    def __enter__(self) -> Self:
-        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.server.shutdown()
-        self.server.server_close()
+        super().__init__(Handler)
 
 
 def refusing(status: int, code: str) -> Answer:

@@ -60,6 +60,16 @@ def launches(count: int, cores: int | None = None) -> list[dict[str, Any]]:
     return kept
 
 
+def launches_without(field: str, core_field: str) -> list[dict[str, Any]]:
+    """The sample with null in a field of each launch and in one of each core."""
+    document = launches(30)
+    for launch in document:
+        launch[field] = None
+        for core in launch["cores"]:
+            core[core_field] = None
+    return document
+
+
 def serve(sandbox: Sandbox, document: list[dict[str, Any]]) -> None:
     sandbox.source.body = json.dumps(document).encode()
 
@@ -328,12 +338,7 @@ def test_other_type_stops_the_run_and_the_statement_helps(
     changed["tables"][LAUNCHES]["columns"]["window"] = "varchar(20)"
     changed["tables"][LAUNCHES]["columns"].pop("details")  # would be added
     changed["tables"][CORES]["columns"]["core"] = "varchar(10)"  # would be widened
-    document = launches(30)
-    for launch in document:
-        launch["window"] = None
-        for core in launch["cores"]:
-            core["core"] = None
-    serve(sandbox, document)
+    serve(sandbox, launches_without("window", "core"))
     loaded(sandbox, "--config", configure(changed))
     sandbox.source.body = SAMPLE.read_bytes()
     start = len(sandbox.redshift.statements)
@@ -390,12 +395,7 @@ def test_all_faults_in_one_message(
     columns |= {"window": "bigint", "failures": "varchar(65535)"}
     columns.pop("upcoming")
     changed["tables"][CORES]["columns"]["gridfins"] = "smallint"
-    document = launches(30)
-    for launch in document:
-        launch["failures"] = None
-        for core in launch["cores"]:
-            core["gridfins"] = None
-    serve(sandbox, document)
+    serve(sandbox, launches_without("failures", "gridfins"))
     loaded(sandbox, "--config", configure(changed))
     as_user(sandbox, f"ALTER TABLE {AUDIT} RENAME COLUMN rows_before TO old")
     as_user(sandbox, f"ALTER TABLE {AUDIT} ADD COLUMN rows_before varchar(20)")

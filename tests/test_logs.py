@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 import yaml
 
+from configs import SHIPPED
 from sandbox import (
     BUG,
     PASSWORD,
-    ROOT,
     SAMPLE,
     SECRET,
     SLACK_SECRET,
@@ -32,7 +32,6 @@ Answer = Callable[[BaseHTTPRequestHandler], None]
 Done = subprocess.CompletedProcess[str]
 Entry = dict[str, Any]
 
-SHIPPED = yaml.safe_load((ROOT / "conf" / "pipeline.yaml").read_text())
 LAUNCHES, CORES, AUDIT = "public.launches", "public.launch_cores", "public.etl_runs"
 STEPS = ("extract", "transform", "stage", "load")
 LEVELS = {"DEBUG", "INFO", "WARNING", "ERROR"}
