@@ -37,7 +37,7 @@ import tempfile
 import threading
 import time
 import zlib
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
@@ -45,7 +45,6 @@ from decimal import Context, Decimal, DecimalException, Inexact, InvalidOperatio
 from functools import cached_property, partial
 from logging.handlers import MemoryHandler
 from multiprocessing.pool import AsyncResult, ThreadPool
-from operator import itemgetter
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, ClassVar, TextIO
@@ -68,17 +67,22 @@ HTTP_TRIES = 6
 LOAD_TRIES = 4
 PROGRESS_SECONDS = 5
 ALERT_SECONDS = 10  # for all that is done about alerts
-READ_CHARACTERS = 1 << 20
+READ_CHARACTERS = 1 << 17
 WHITESPACE = " \t\r\n"  # of JSON
-BATCH_RECORDS = 2_000  # some 30 MB of Python objects where a record is 2 kB of JSON
-BATCH_CHARACTERS = 8 << 20
+# Records are flattened while the objects made of a batch, some 2 MB, are in the processor's cache:
+# it is a fifth faster than by the thousand. A frame is of some thousand, as pandas likes it.
+BATCH_RECORDS = 100
+FRAME_BATCHES = 30
 # What reading JSON raises: for a number of 5,000 digits, an exponent of 20, deep brackets, bytes
 # that are not UTF-8, a gzip file that is damaged or ends early.
 UNREADABLE = (ValueError, ArithmeticError, RecursionError, EOFError, OSError, zlib.error)
-BATCHES_AHEAD = 3  # of the thread that compresses and uploads
+FRAMES_AHEAD = 3  # of the thread that compresses and uploads
 GZIP_LEVEL = 4
+MARK = secrets.token_hex(8)  # stands in no text
 
 Upload = Callable[[str, Path], None]  # takes a table's name, or "raw", and a file
+Columns = dict[str, list[Any]]  # the values of a table's columns, by name
+Fields = defaultdict[tuple[str, ...], set[str]]  # the names served in a table's objects, by path
 Channel = Callable[[str, list[str]], None]  # sends a message's first line and its other lines
 
 log = logging.getLogger("sequra_challenge")
@@ -175,6 +179,11 @@ class Table:
     dist_key: str | None = setting("tables", NAME, None)
     min_rows: int = setting("tables", r"\d{1,15}", 1)
     max_shrink: float = setting("tables", r"0|0?\.\d+|1(\.0)?", 0.2)
+
+    @cached_property
+    def levels(self) -> list[tuple[str, ...]]:
+        """The paths of the objects in a row that hold the values, the row's own, (), first."""
+        return sorted({c.path[:depth] for c in self.columns for depth in range(len(c.path))})
 
 
 @dataclass(frozen=True)
@@ -527,9 +536,8 @@ def read_page(config: Config, url: str, file: Path) -> tuple[list[Any], str]:
 
 def dump_exactly(value: Any) -> str:
     """JSON on one line in which each Decimal keeps its digits."""
-    mark = secrets.token_hex(8)
-    text = json.dumps(value, default=lambda number: f"{mark}{number}{mark}")
-    return text.replace(f'"{mark}', "").replace(f'{mark}"', "")
+    text = json.dumps(value, default=lambda number: f"{MARK}{number}{MARK}")
+    return text.replace(f'"{MARK}', "").replace(f'{MARK}"', "")
 
 
 def is_gzipped(path: Path) -> bool:
@@ -546,6 +554,16 @@ def open_body(path: Path) -> Any:
 # --- transform ----------------------------------------------------------------------------------
 
 
+# A number with a fraction becomes the nearest double, as most readers of JSON take it.
+TO_SUPER = json.JSONEncoder(
+    ensure_ascii=False,
+    allow_nan=False,
+    check_circular=False,
+    separators=(",", ":"),
+    default=float,
+)
+
+
 class Unfit(Exception):
     """A value does not fit its column; the message is the rule that it breaks."""
 
@@ -557,18 +575,21 @@ def read_batches(path: Path) -> Iterator[list[dict[str, Any]]]:
     an exponent become Decimal, so that no digit is lost. Raises PipelineError for anything else,
     and where there is no record.
     """
-    count, batch, size = 0, list[dict[str, Any]](), 0
+    count = 0
     try:
         with io.TextIOWrapper(open_body(path), "utf-8-sig", newline="\n") as text:
-            for record, characters in _read_records(text):
-                count += 1
-                if not isinstance(record, dict):
-                    raise PipelineError(f"record {count} is not an object: {shorten(record)}")
-                batch.append(record)
-                size += characters
-                if len(batch) >= BATCH_RECORDS or size > BATCH_CHARACTERS:
+            for elements in _read_elements(text):
+                batch: list[dict[str, Any]] = []
+                for record in elements:
+                    count += 1
+                    if not isinstance(record, dict):
+                        raise PipelineError(f"record {count} is not an object: {shorten(record)}")
+                    if len(batch) == BATCH_RECORDS:
+                        yield batch
+                        batch = []
+                    batch.append(record)
+                if batch:
                     yield batch
-                    batch, size = [], 0
     except json.JSONDecodeError as error:
         near = shorten(error.doc[max(0, error.pos - 40) : error.pos + 40])
         raise PipelineError(f"not JSON after record {count}: {error.msg}, near {near}") from None
@@ -576,12 +597,9 @@ def read_batches(path: Path) -> Iterator[list[dict[str, Any]]]:
         raise PipelineError(f"not readable after record {count}: {error}") from None
     if not count:
         raise PipelineError("the source is empty, there is nothing to load")
-    if batch:
-        yield batch
 
 
-def _read_records(text: TextIO) -> Iterator[tuple[Any, int]]:
-    """Yields each value with the number of its characters."""
+def _read_elements(text: TextIO) -> Iterator[Iterable[Any]]:
     decoder = json.JSONDecoder(parse_float=Decimal)
     pieces = iter(partial(text.read, 1000), "")
     begins = next(filter(None, (piece.lstrip(WHITESPACE) for piece in pieces)), "")
@@ -589,16 +607,16 @@ def _read_records(text: TextIO) -> Iterator[tuple[Any, int]]:
     if begins[:1] == "[":
         yield from _read_array(text, decoder)
     elif begins[:1] == "{":
-        for line in text:
-            if line.strip(WHITESPACE):
-                yield decoder.decode(line), len(line)
+        while lines := text.readlines(READ_CHARACTERS):
+            yield (decoder.decode(line) for line in lines if line.strip(WHITESPACE))
     elif begins:
         what = "HTML or XML" if begins[:1] == "<" else "no JSON array"
         raise PipelineError(f"the source is {what}, it begins {shorten(begins, 200)}")
 
 
-def _read_array(text: TextIO, decoder: json.JSONDecoder) -> Iterator[tuple[Any, int]]:
+def _read_array(text: TextIO, decoder: json.JSONDecoder) -> Iterator[list[Any]]:
     skip: Any = re.compile(f"[{WHITESPACE}]*").match
+    elements = list[Any]()
     buffer, start, wanted, before = "", 0, READ_CHARACTERS, "["
     while True:
         try:
@@ -608,11 +626,14 @@ def _read_array(text: TextIO, decoder: json.JSONDecoder) -> Iterator[tuple[Any, 
                 break
             if first == mark:
                 raise json.JSONDecodeError(f"Expecting {before!r}", buffer, mark)
-            element, end = decoder.raw_decode(buffer, first)
-        except (IndexError, json.JSONDecodeError) as error:
+            decoded, end = _decode(buffer, first, decoder, several=start == 0)
+        except (IndexError, *UNREADABLE) as error:
+            yield elements
+            elements = []
             # More text can only mend what is wrong at the end: in a string without an end, or in
             # a token of at most 12 characters, \ud83d\ude80.
-            position = error.pos if isinstance(error, json.JSONDecodeError) else len(buffer)
+            at_end = isinstance(error, IndexError)
+            position = len(buffer) if at_end else getattr(error, "pos", -math.inf)
             if position < len(buffer) - 12 and not str(error).startswith("Unterminated"):
                 raise
             more = text.read(wanted)
@@ -623,13 +644,32 @@ def _read_array(text: TextIO, decoder: json.JSONDecoder) -> Iterator[tuple[Any, 
             # Doubled, so that one huge record is not scanned from its start for every piece.
             buffer, start, wanted = buffer[start:] + more, 0, wanted * 2
         else:
-            yield element, end - start
+            elements += decoded
             start, wanted, before = end, READ_CHARACTERS, ","
+    yield elements
     rest = buffer[first + 1 :]
     while rest:
         if rest.strip(WHITESPACE):
             raise json.JSONDecodeError("Extra data after the array", rest, 0)
         rest = text.read(READ_CHARACTERS)
+
+
+def _decode(
+    buffer: str, first: int, decoder: json.JSONDecoder, several: bool
+) -> tuple[list[Any], int]:
+    """The element that begins there, or several in one call, and where they end.
+
+    Several are faster: they share the texts of their keys. They end where another begins as the
+    first does, `{"id":`. If that stands inside of an element, what is before it is no array.
+    """
+    if several:
+        begins = buffer[first : buffer.find(":", first) + 1]
+        together = buffer[first : buffer.rfind(begins)].rstrip(WHITESPACE)
+        if together.endswith(","):
+            with contextlib.suppress(*UNREADABLE):
+                return decoder.decode(f"[{together[:-1]}]"), first + len(together) - 1
+    element, end = decoder.raw_decode(buffer, first)
+    return [element], end
 
 
 def shorten(value: Any, length: int = 80) -> str:
@@ -647,41 +687,68 @@ def shorten(value: Any, length: int = 80) -> str:
     return text if len(text) <= length else text[:length] + "…"
 
 
-def transform(records: list[dict[str, Any]], table: Table, served: set[str]) -> pd.DataFrame:
-    """Flattens records into the rows of a table, one typed column for each configured path.
+def flatten(records: list[dict[str, Any]], table: Table, columns: Columns, served: Fields) -> None:
+    """Appends the rows in the records to the columns: for each row the value at each path.
 
-    Adds the paths of all fields it meets to ``served``: ``links.patch.small``, ``cores[].core``.
-    Raises PipelineError for the first value that does not fit its column, and for a double key.
+    Values for super become JSON, the others stay as they are. Adds the names of all fields it
+    meets to ``served``. Raises PipelineError for the first value that is no object where one is
+    expected, or no JSON that super holds.
     """
     rows = explode(records, table)
     levels: dict[tuple[str, ...], list[dict[str, Any]]] = {(): rows}
 
-    def checked(check: Callable[[list[Any]], Any], path: tuple[str, ...]) -> Any:
-        rows_at, name = levels[path[:-1]], path[-1]
-        try:
-            values = list(map(itemgetter(name), rows_at))  # faster than get(), where all have it
-        except KeyError:
-            values = [row.get(name) for row in rows_at]
-        try:
-            return check(values)
-        except Unfit:
-            for row, value in zip(rows, values, strict=True):
-                try:
-                    check([value])
-                except Unfit as unfit:
-                    raise _misfit(table, row, path, value, unfit) from None
-            raise
+    def values_at(path: tuple[str, ...], check: Callable[[list[Any]], list[Any]]) -> Any:
+        values = [row.get(path[-1]) for row in levels[path[:-1]]]
+        return checked(check, values, table, path, lambda n: _cells(table, rows[n]))
 
-    for path in sorted({c.path[:depth] for c in table.columns for depth in range(len(c.path))}):
+    for path in table.levels:
         if path:
-            levels[path] = checked(_objects, path)
-        served |= {source_path(table, (*path, name)) for name in set().union(*levels[path])}
-    frame = pd.DataFrame(
-        {c.name: checked(partial(convert, c, c.name in table.key), c.path) for c in table.columns}
-    )
-    keys = frame[list(table.key)]
-    _refuse_doubles(table, keys[keys.duplicated()].head(5).to_dict("records"))
+            levels[path] = values_at(path, _objects)
+        served[table.name, *path].update(*levels[path])
+    for column in table.columns:
+        columns[column.name] += values_at(column.path, _super if column.kind == "super" else list)
+
+
+def transform(columns: Columns, table: Table) -> pd.DataFrame:
+    """Makes a typed column of the values of each.
+
+    Raises PipelineError for the first value that does not fit its column, and for a double key.
+    """
+
+    def cells(number: int) -> dict[str, Any]:
+        return {name: values[number] for name, values in columns.items()}
+
+    typed = {}
+    for column in table.columns:
+        check = partial(convert, column, column.name in table.key)
+        typed[column.name] = checked(check, columns[column.name], table, column.path, cells)
+    frame = pd.DataFrame(typed, copy=False)
+    doubles = frame.duplicated(list(table.key))
+    if doubles.any():
+        _refuse_doubles(table, frame.loc[doubles, list(table.key)].head(5).to_dict("records"))
     return frame
+
+
+def checked(
+    check: Callable[[list[Any]], Any],
+    values: list[Any],
+    table: Table,
+    path: tuple[str, ...],
+    cells: Callable[[int], dict[str, Any]],
+) -> Any:
+    """What the check makes of the values at a path; ``cells`` gives the columns of the n-th row.
+
+    Raises PipelineError for the first value that is unfit.
+    """
+    try:
+        return check(values)
+    except Unfit:
+        for number, value in enumerate(values):
+            try:
+                check([value])
+            except Unfit as unfit:
+                raise _misfit(table, cells(number), path, value, unfit) from None
+        raise
 
 
 def explode(records: list[dict[str, Any]], table: Table) -> list[dict[str, Any]]:
@@ -701,11 +768,12 @@ def explode(records: list[dict[str, Any]], table: Table) -> list[dict[str, Any]]
             kind, what = (dict, "object") if depth < len(table.rows) else (list, "array")
             if not isinstance(elements, kind | NoneType):
                 unfit = Unfit(f"is not an {what}")
-                raise _misfit(table, {table.parent: record}, (), elements, unfit)
+                raise _misfit(table, _cells(table, {table.parent: record}), (), elements, unfit)
         for position, element in enumerate(elements or [], 1):
             row = {"position": position, table.parent: record}
             if not plain and not isinstance(element, dict):
-                raise _misfit(table, row, (), element, Unfit("is not an object"))
+                unfit = Unfit("is not an object")
+                raise _misfit(table, _cells(table, row), (), element, unfit)
             rows.append(({"value": element} if plain else element) | row)
     return rows
 
@@ -726,11 +794,16 @@ def source_path(table: Table, path: tuple[str, ...]) -> str:
     return "" if path == ("position",) else ".".join((".".join(table.rows) + "[]", *path))
 
 
+def _cells(table: Table, row: Any) -> dict[str, Any]:
+    return {column.name: dig(row, column.path) for column in table.columns}
+
+
 def _misfit(
-    table: Table, row: Any, path: tuple[str, ...], value: Any, rule: Unfit
+    table: Table, cells: dict[str, Any], path: tuple[str, ...], value: Any, rule: Unfit
 ) -> PipelineError:
-    keys = {c.name: dig(row, c.path) for c in table.columns if c.name in table.key}
-    key = shorten(row) if set(map(type, keys.values())) == {NoneType} else _key_text(keys)
+    keys = {name: cells[name] for name in table.key}
+    known = {name: value for name, value in cells.items() if value is not None}
+    key = _key_text(keys) if known.keys() & keys else shorten(known)
     where = source_path(table, path)
     return PipelineError(f"{table.name}, {key}: {where}: {shorten(value)} {rule}")
 
@@ -790,12 +863,12 @@ def convert(column: Column, in_key: bool, values: list[Any]) -> Any:
             _check_texts(_only(values, "a text", str), column.arguments[0])
             return pd.Series(values, dtype=object)
         case "super":
-            return pd.Series(_super(values), dtype=object)
+            return pd.Series(values, dtype=object)
         case kind:
             return _times(values, kind)
 
 
-def _texts(values: list[Any], text: Callable[[Any], str]) -> pd.Series:
+def _texts(values: list[Any], text: Callable[[Any], str]) -> Any:
     return pd.Series([None if v is None else text(v) for v in values], dtype=object)
 
 
@@ -822,19 +895,18 @@ def _check_texts(texts: list[str], most: int) -> None:
 
 def _super(values: list[Any]) -> list[str | None]:
     """The values as JSON. One call for all is several times as fast as one for each."""
-    mark = secrets.token_hex(8)
-    marked = [mark] * (2 * len(values))
+    marked = [MARK] * (2 * len(values))
     marked[::2] = values
     try:
-        # A number with a fraction becomes the nearest double, as most readers of JSON take it.
-        text = json.dumps(
-            marked, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=float
-        )
+        text = TO_SUPER.encode(marked)
     except (ValueError, RecursionError) as error:  # NaN, Infinity; nested too deeply
         raise Unfit(f"is not JSON that super holds: {error}") from None
-    texts = f"{text[1:-1]},".split(f',"{mark}",')[:-1]
-    _check_texts(texts, 16 << 20)
-    if max(map(len, texts), default=0) > 65_535 // 4 or "\\u0000" in text:
+    _check_texts([text], sys.maxsize)
+    texts = f"{text[1:-1]},".split(f',"{MARK}",')[:-1]
+    # The search for six characters would be slow where there is no backslash.
+    has_nul = "\\" in text and "\\u0000" in text
+    if has_nul or max(map(len, texts), default=0) > 65_535 // 4:
+        _check_texts(texts, 16 << 20)
         _check_texts(list(_texts_in(values)), 65_535)
     return [None if v is None else text for v, text in zip(values, texts, strict=True)]
 
@@ -864,19 +936,27 @@ def _times(values: list[Any], kind: str) -> Any:
     if not all(map(re.compile(pattern, re.ASCII).fullmatch, _only(values, what, str))):
         raise Unfit(f"is not {what}")
     try:
-        times = pd.to_datetime(pd.Series(values, dtype=object), format="ISO8601", utc=True)
+        times = pd.to_datetime(values, format="ISO8601", utc=True)
     except ValueError:
         raise Unfit("does not exist in the calendar") from None
-    if not times.dropna().dt.year.between(1, 9999).all():
+    years = times.year
+    if ((years < 1) | (years > 9999)).any():
         raise Unfit("is outside the years 1 to 9999")
-    moments = times.dt.tz_localize(None).to_numpy("datetime64[us]")
+    moments = times.tz_localize(None).to_numpy("datetime64[us]")
     texts = np.datetime_as_string(moments, unit="D" if kind == "date" else "us").astype(object)
     texts += "Z" if kind == "timestamptz" else ""
-    return pd.Series(texts, dtype=object).where(times.notna(), None)
+    texts[times.isna()] = None
+    return pd.Series(texts, dtype=object)
 
 
-def warn_of_drift(tables: tuple[Table, ...], served: set[str]) -> None:
+def warn_of_drift(tables: tuple[Table, ...], fields: Fields) -> None:
     """Logs the fields that no table loads, and those that no record has."""
+    served = {
+        source_path(table, (*path, name))
+        for table in tables
+        for path in table.levels
+        for name in fields[table.name, *path]
+    }
     columns = [(table, column.path) for table in tables for column in table.columns]
     # A table without rows has not looked at any field.
     met = [table for table, path in columns if source_path(table, path) in served]
@@ -954,24 +1034,40 @@ def csv_rows(frame: pd.DataFrame, null: str) -> str:
 
     def cells(column: pd.Series) -> Iterable[str]:
         if column.dtype == object:
-            return [
+            return (
                 null if c is None else '"' + c.replace('"', '""') + '"' for c in column.tolist()
-            ]
+            )
         return map(str, column.to_numpy(object, na_value=null))
 
     rows = zip(*(cells(column) for _, column in frame.items()), strict=True)
     return "\n".join([*map(",".join, rows), ""])
 
 
+def read_columns(body: Path, tables: tuple[Table, ...], served: Fields) -> Iterator[list[Columns]]:
+    """Yields for some thousand records at a time the columns of each table."""
+
+    def no_rows() -> list[Columns]:
+        return [{column.name: [] for column in table.columns} for table in tables]
+
+    columns = no_rows()
+    for number, records in enumerate(read_batches(body), 1):
+        for table, of_table in zip(tables, columns, strict=True):
+            flatten(records, table, of_table, served)
+        if number % FRAME_BATCHES == 0:
+            yield columns
+            columns = no_rows()
+    yield columns
+
+
 def transform_to_parts(
     run: Run, body: Path, upload: Upload | None, rows: dict[str, int]
 ) -> list[PartWriter]:
-    """Reads the source and writes the rows of all tables, batch by batch, into CSV parts.
+    """Reads the source and writes the rows of all tables, frame by frame, into CSV parts.
 
     The parts are compressed and uploaded in a thread beside the parsing: zlib and the network
     release the GIL. Counts the rows of each table.
     """
-    served: set[str] = set()
+    served = Fields(set)
     staged = [PartWriter(table, run, upload) for table in run.config.tables]
     rows |= {table.name: 0 for table in run.config.tables}
     with ThreadPool(1) as thread:
@@ -979,12 +1075,12 @@ def transform_to_parts(
 
         def hand_on(call: Callable[..., None], *arguments: Any) -> None:
             ahead.append(thread.apply_async(call, arguments))
-            if len(ahead) > BATCHES_AHEAD:
+            if len(ahead) > FRAMES_AHEAD:
                 ahead.popleft().get()
 
-        for batch in read_batches(body):
-            for parts in staged:
-                frame = transform(batch, parts.table, served)
+        for columns in read_columns(body, run.config.tables, served):
+            for parts, of_table in zip(staged, columns, strict=True):
+                frame = transform(of_table, parts.table)
                 hand_on(parts.write, csv_rows(frame, run.null))
                 rows[parts.table.name] += len(frame)
         for parts in staged:

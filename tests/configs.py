@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import yaml
 
 from sequra_challenge import main
@@ -33,6 +34,16 @@ def table_of(columns: dict[str, str], key: str | list[str] = "id", **settings: A
     """The table public.things with these columns."""
     settings = {"key": key, "columns": columns, **settings}
     return config_of({"public.things": settings}).tables[0]
+
+
+def frame_of(
+    records: list[dict[str, Any]], table: main.Table, served: main.Fields | None = None
+) -> pd.DataFrame:
+    """The records as a frame, made of two batches."""
+    columns: main.Columns = {column.name: [] for column in table.columns}
+    for batch in (records[:2], records[2:]):
+        main.flatten(batch, table, columns, main.Fields(set) if served is None else served)
+    return main.transform(columns, table)
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:

@@ -392,7 +392,7 @@ def test_thousands_of_records_pass_through_in_batches_and_parts(
     chance = random.Random(1)
     document = [
         launches()[number % 30] | {"id": f"{number:024}", "details": chance.randbytes(700).hex()}
-        for number in range(main.BATCH_RECORDS + 100)
+        for number in range(main.FRAME_BATCHES * main.BATCH_RECORDS + 150)
     ]
     serve(sandbox, document)
     config = write_config(tmp_path, {"staging.part_mb": 1})

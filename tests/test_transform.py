@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import itertools
 import json
 import logging
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from configs import config_of, read_records, table_of
+from configs import config_of, frame_of, read_records, table_of
 from sequra_challenge import main
 
 # A warning of NumPy or pandas would stand between the lines of the log.
@@ -78,17 +79,17 @@ def test_the_records_of_an_array_or_one_a_line(read: Read, content: str | bytes)
 
 
 @pytest.mark.parametrize("join", ["[{}]", "{}"], ids=["array", "lines"])
-def test_batches_end_where_they_are_full(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, join: str
-) -> None:
-    sizes = [1, 1, 1, 1, 1, 200, 1, 1, 300, 300, 1]
+def test_batches_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, join: str) -> None:
+    sizes = [1, 1, 1, 1, 1, 200, 1, 1, 300, 300, 1] * 20
     texts = [json.dumps({"a": "x" * size}) for size in sizes]
     path = tmp_path / "response"
     path.write_text(join.format((",", "\n")[join == "{}"].join(texts)))
     monkeypatch.setattr(main, "BATCH_RECORDS", 3)
-    monkeypatch.setattr(main, "BATCH_CHARACTERS", 250)
+    monkeypatch.setattr(main, "READ_CHARACTERS", 250)
     batches = [[len(record["a"]) for record in batch] for batch in main.read_batches(path)]
-    assert batches == [[1, 1, 1], [1, 1, 200], [1, 1, 300], [300], [1]]
+    assert list(itertools.chain(*batches)) == sizes
+    assert max(map(len, batches)) == 3
+    assert max(map(sum, batches)) <= 810  # a record that did not end yet, and two pieces more
 
 
 ACROSS_BOUNDARIES = [
@@ -126,7 +127,7 @@ def test_records_before_a_fault_are_given(
 ) -> None:
     path = tmp_path / "response"
     path.write_text(content)
-    monkeypatch.setattr(main, "BATCH_RECORDS", 1)
+    monkeypatch.setattr(main, "READ_CHARACTERS", 10)
     records = read_records(path)
     assert [next(records), next(records)] == [{"a": 1}, {"a": 2}]
     with pytest.raises(main.PipelineError, match="not JSON after record 2"):
@@ -270,7 +271,7 @@ SHIPS = table_of(
 
 def rows_of(records: list[dict[str, Any]], table: main.Table) -> list[list[str]]:
     """The rows as the CSV files have them."""
-    frame = main.transform(records, table, set())
+    frame = frame_of(records, table)
     return list(csv.reader(io.StringIO(main.csv_rows(frame, "NULL"), newline="")))
 
 
@@ -321,7 +322,7 @@ def test_a_record_without_elements_has_no_rows(record: dict[str, Any]) -> None:
 def test_the_source_is_not_changed() -> None:
     records: list[dict[str, Any]] = [{"id": 1, "stage": {"cores": [{"core": "a"}]}}]
     before = json.dumps(records)
-    main.transform(records, CORES, set())
+    frame_of(records, CORES)
     assert json.dumps(records) == before
 
 
@@ -340,7 +341,7 @@ def test_the_source_is_not_changed() -> None:
 def test_rows_that_are_no_array_of_objects_are_refused(cores: Any, message: str) -> None:
     records: list[dict[str, Any]] = [{"id": 6}, {"id": 7, "stage": {"cores": cores}}]
     with pytest.raises(main.PipelineError) as refused:
-        main.transform(records, CORES, set())
+        frame_of(records, CORES)
     assert str(refused.value).startswith("public.things, launch_id=7, position=")
     assert str(refused.value).endswith(f": stage.cores[]: {message}")
 
@@ -386,7 +387,7 @@ def test_what_is_not_of_the_configured_shape_is_refused(
     record: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(main.PipelineError) as refused:
-        main.transform([{"id": 8}, record | {"id": 9}, {"id": 10}], NESTED, set())
+        frame_of([{"id": 8}, record | {"id": 9}, {"id": 10}], NESTED)
     assert str(refused.value) == f"public.things, id=9: {message}"
 
 
@@ -395,7 +396,7 @@ def test_a_misfit_in_an_element_names_the_path_in_the_source() -> None:
         {"id": 4, "stage": {"cores": [{"core": "a"}, {"core": "0123456789"}]}}
     ]
     with pytest.raises(main.PipelineError) as refused:
-        main.transform(records, CORES, set())
+        frame_of(records, CORES)
     assert str(refused.value) == (
         "public.things, launch_id=4, position=2: stage.cores[].core: "
         '"0123456789" has a text of 10 bytes, at most 9 fit'
@@ -404,7 +405,7 @@ def test_a_misfit_in_an_element_names_the_path_in_the_source() -> None:
 
 def test_a_misfit_in_the_parent_names_the_path_in_the_source() -> None:
     with pytest.raises(main.PipelineError) as refused:
-        main.transform([{"id": "x", "stage": {"cores": [{}]}}], CORES, set())
+        frame_of([{"id": "x", "stage": {"cores": [{}]}}], CORES)
     assert str(refused.value) == (
         'public.things, launch_id="x", position=1: id: "x" is not an integer'
     )
@@ -694,7 +695,7 @@ def test_a_value_too_deep_for_super_is_refused() -> None:
         value = [value]
     table = table_of({"id": "integer", "v": "super"})
     with pytest.raises(main.PipelineError, match="id=1: v: a deeply nested list is not JSON that"):
-        main.transform([{"id": 1, "v": value}], table, set())
+        frame_of([{"id": 1, "v": value}], table)
 
 
 # --- transform: nulls and keys ------------------------------------------------------------------
@@ -707,14 +708,14 @@ def test_a_value_too_deep_for_super_is_refused() -> None:
 def test_null_in_a_column_that_is_not_null_is_refused(type_: str, value: dict[str, None]) -> None:
     table = table_of({"id": "integer", "v": f"{type_} not null"})
     with pytest.raises(main.PipelineError) as refused:
-        main.transform([{"id": 5} | value], table, set())
+        frame_of([{"id": 5} | value], table)
     assert str(refused.value) == "public.things, id=5: v: null in a column that is not null"
 
 
 def test_null_in_the_key_is_refused() -> None:
     table = table_of({"id": "integer", "part.n": "integer"}, ["id", "part_n"])
     with pytest.raises(main.PipelineError) as refused:
-        main.transform([{"id": 1, "part": {"n": 1}}, {"id": 2}], table, set())
+        frame_of([{"id": 1, "part": {"n": 1}}, {"id": 2}], table)
     assert str(refused.value) == "public.things, id=2, part_n=null: part.n: null in the key"
 
 
@@ -743,7 +744,7 @@ def test_doubles_are_refused_and_named() -> None:
         {"id": 2, "name": "a", "n": 5},
     ]
     with pytest.raises(main.PipelineError) as refused:
-        main.transform(records, table, set())
+        frame_of(records, table)
     assert str(refused.value) == (
         'public.things: more than one row has the key id=1, name="b"; id=2, name="a"'
     )
@@ -762,7 +763,7 @@ def test_doubles_are_refused_and_named() -> None:
 def test_a_key_written_in_two_ways_is_a_double(type_: str, values: list[str]) -> None:
     table = table_of({"id": type_})
     with pytest.raises(main.PipelineError, match="more than one row has the key id="):
-        main.transform([{"id": parsed(value)} for value in values], table, set())
+        frame_of([{"id": parsed(value)} for value in values], table)
 
 
 def test_texts_of_a_key_that_differ_are_no_doubles() -> None:
@@ -805,10 +806,10 @@ COMPLETE: dict[str, Any] = {
 
 def drift(caplog: pytest.LogCaptureFixture, *records: dict[str, Any]) -> set[str]:
     """What is logged of these records, which are transformed one by one."""
-    served: set[str] = set()
+    served = main.Fields(set)
     for record in records:
         for table in DRIFT.tables:
-            main.transform([record], table, served)
+            frame_of([record], table, served)
     with caplog.at_level(logging.INFO, "sequra_challenge"):
         main.warn_of_drift(DRIFT.tables, served)
     assert {record.levelname for record in caplog.records} <= {"WARNING"}
