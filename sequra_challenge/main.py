@@ -646,6 +646,10 @@ def _read_array(text: TextIO, decoder: json.JSONDecoder) -> Iterator[list[Any]]:
         else:
             elements += decoded
             start, wanted, before = end, READ_CHARACTERS, ","
+            if len(decoded) > 1:
+                yield elements
+                # What is left is the begin of an element; to try it would be in vain.
+                elements, buffer, start = [], buffer[end:] + text.read(READ_CHARACTERS), 0
     yield elements
     rest = buffer[first + 1 :]
     while rest:
