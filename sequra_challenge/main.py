@@ -38,13 +38,14 @@ import threading
 import time
 import zlib
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
 from decimal import Context, Decimal, DecimalException, Inexact, InvalidOperation
 from functools import cached_property, partial
 from logging.handlers import MemoryHandler
 from multiprocessing.pool import AsyncResult, ThreadPool
+from operator import itemgetter
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, ClassVar, TextIO
@@ -181,9 +182,13 @@ class Table:
     max_shrink: float = setting("tables", r"0|0?\.\d+|1(\.0)?", 0.2)
 
     @cached_property
-    def levels(self) -> list[tuple[str, ...]]:
-        """The paths of the objects in a row that hold the values, the row's own, (), first."""
-        return sorted({c.path[:depth] for c in self.columns for depth in range(len(c.path))})
+    def objects(self) -> dict[tuple[str, ...], list[str]]:
+        """The objects in a row that hold the values, by path, and the names to look up in each."""
+        paths = {c.path[:depth] for c in self.columns for depth in range(1, len(c.path) + 1)}
+        names = defaultdict[tuple[str, ...], list[str]](list)
+        for path in sorted(paths, key=len):
+            names[path[:-1]].append(path[-1])
+        return names
 
 
 @dataclass(frozen=True)
@@ -699,18 +704,28 @@ def flatten(records: list[dict[str, Any]], table: Table, columns: Columns, serve
     expected, or no JSON that super holds.
     """
     rows = explode(records, table)
-    levels: dict[tuple[str, ...], list[dict[str, Any]]] = {(): rows}
+    if not rows:
+        return
+    values: dict[tuple[str, ...], Sequence[Any]] = {(): rows}
 
-    def values_at(path: tuple[str, ...], check: Callable[[list[Any]], list[Any]]) -> Any:
-        values = [row.get(path[-1]) for row in levels[path[:-1]]]
-        return checked(check, values, table, path, lambda n: _cells(table, rows[n]))
+    def checked_at(path: tuple[str, ...], check: Callable[[Any], Any]) -> Any:
+        return checked(check, values[path], table, path, lambda n: _cells(table, rows[n]))
 
-    for path in table.levels:
-        if path:
-            levels[path] = values_at(path, _objects)
-        served[table.name, *path].update(*levels[path])
+    for path, names in table.objects.items():
+        objects = checked_at(path, _objects)
+        served[table.name, *path].update(*objects)
+        # One look at each object is faster than one for each name. Of a single name it would give
+        # no tuple, so that the first stands there twice.
+        wanted = (*names, names[0])
+        try:
+            found = list(map(itemgetter(*wanted), objects))
+        except KeyError:
+            found = [tuple(map(one.get, wanted)) for one in objects]
+        paths = [(*path, name) for name in wanted]
+        values |= zip(paths, zip(*found, strict=True), strict=True)
     for column in table.columns:
-        columns[column.name] += values_at(column.path, _super if column.kind == "super" else list)
+        is_super = column.kind == "super"
+        columns[column.name] += checked_at(column.path, _super) if is_super else values[column.path]
 
 
 def transform(columns: Columns, table: Table) -> pd.DataFrame:
@@ -734,8 +749,8 @@ def transform(columns: Columns, table: Table) -> pd.DataFrame:
 
 
 def checked(
-    check: Callable[[list[Any]], Any],
-    values: list[Any],
+    check: Callable[[Any], Any],
+    values: Sequence[Any],
     table: Table,
     path: tuple[str, ...],
     cells: Callable[[int], dict[str, Any]],
@@ -822,14 +837,14 @@ def _key_text(key: dict[Any, Any]) -> str:
     return ", ".join(f"{name}={shorten(value)}" for name, value in key.items())
 
 
-def _only(values: list[Any], what: str, *types: type) -> list[Any]:
+def _only(values: Sequence[Any], what: str, *types: type) -> list[Any]:
     """The values that are not null. Unfit unless of these very types: True is no integer."""
     if not set(map(type, values)) <= {NoneType, *types}:
         raise Unfit(f"is not {what}")
     return [value for value in values if value is not None]
 
 
-def _objects(values: list[Any]) -> list[dict[str, Any]]:
+def _objects(values: Sequence[Any]) -> list[dict[str, Any]]:
     _only(values, "an object", dict)
     return [{} if value is None else value for value in values]
 
@@ -897,7 +912,7 @@ def _check_texts(texts: list[str], most: int) -> None:
         raise Unfit(f"has a text of {size} bytes, at most {most} fit")
 
 
-def _super(values: list[Any]) -> list[str | None]:
+def _super(values: Sequence[Any]) -> list[str | None]:
     """The values as JSON. One call for all is several times as fast as one for each."""
     marked = [MARK] * (2 * len(values))
     marked[::2] = values
@@ -911,7 +926,7 @@ def _super(values: list[Any]) -> list[str | None]:
     has_nul = "\\" in text and "\\u0000" in text
     if has_nul or max(map(len, texts), default=0) > 65_535 // 4:
         _check_texts(texts, 16 << 20)
-        _check_texts(list(_texts_in(values)), 65_535)
+        _check_texts(list(_texts_in(list(values))), 65_535)
     return [None if v is None else text for v, text in zip(values, texts, strict=True)]
 
 
@@ -958,7 +973,7 @@ def warn_of_drift(tables: tuple[Table, ...], fields: Fields) -> None:
     served = {
         source_path(table, (*path, name))
         for table in tables
-        for path in table.levels
+        for path in table.objects
         for name in fields[table.name, *path]
     }
     columns = [(table, column.path) for table in tables for column in table.columns]
