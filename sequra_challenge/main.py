@@ -622,7 +622,7 @@ def _read_elements(text: TextIO) -> Iterator[Iterable[Any]]:
 def _read_array(text: TextIO, decoder: json.JSONDecoder) -> Iterator[list[Any]]:
     skip: Any = re.compile(f"[{WHITESPACE}]*").match
     elements = list[Any]()
-    buffer, start, wanted, before = "", 0, READ_CHARACTERS, "["
+    buffer, start, wanted, before, several = "", 0, READ_CHARACTERS, "[", True
     while True:
         try:
             mark = skip(buffer, start).end()
@@ -631,7 +631,7 @@ def _read_array(text: TextIO, decoder: json.JSONDecoder) -> Iterator[list[Any]]:
                 break
             if first == mark:
                 raise json.JSONDecodeError(f"Expecting {before!r}", buffer, mark)
-            decoded, end = _decode(buffer, first, decoder, several=start == 0)
+            decoded, end = _decode(buffer, first, decoder, several)
         except (IndexError, *UNREADABLE) as error:
             yield elements
             elements = []
@@ -651,7 +651,7 @@ def _read_array(text: TextIO, decoder: json.JSONDecoder) -> Iterator[list[Any]]:
         else:
             elements += decoded
             start, wanted, before = end, READ_CHARACTERS, ","
-            if len(decoded) > 1:
+            if several := len(decoded) > 1:
                 yield elements
                 # What is left is the begin of an element; to try it would be in vain.
                 elements, buffer, start = [], buffer[end:] + text.read(READ_CHARACTERS), 0
@@ -877,18 +877,12 @@ def convert(column: Column, in_key: bool, values: list[Any]) -> Any:
             return pd.array([None if v is None else float(v) for v in values], dtype="Float64")
         case "decimal":
             _only(values, "a number", int, Decimal)
-            return _texts(values, partial(_decimal, *column.arguments))
+            values = [None if v is None else _decimal(*column.arguments, v) for v in values]
         case "varchar":
             _check_texts(_only(values, "a text", str), column.arguments[0])
-            return pd.Series(values, dtype=object)
-        case "super":
-            return pd.Series(values, dtype=object)
-        case kind:
-            return _times(values, kind)
-
-
-def _texts(values: list[Any], text: Callable[[Any], str]) -> Any:
-    return pd.Series([None if v is None else text(v) for v in values], dtype=object)
+        case kind if kind in TIMES:
+            values = _times(values, kind)
+    return pd.Series(values, dtype=object)
 
 
 def _decimal(precision: int, scale: int, value: Any) -> str:
@@ -965,7 +959,7 @@ def _times(values: list[Any], kind: str) -> Any:
     texts = np.datetime_as_string(moments, unit="D" if kind == "date" else "us").astype(object)
     texts += "Z" if kind == "timestamptz" else ""
     texts[times.isna()] = None
-    return pd.Series(texts, dtype=object)
+    return texts
 
 
 def warn_of_drift(tables: tuple[Table, ...], fields: Fields) -> None:
@@ -1771,23 +1765,24 @@ def run_steps(run: Run, dry_run: bool, rows: dict[str, int]) -> str:
     atexit.register(shutil.rmtree, run.folder, ignore_errors=True)
     run.folder.mkdir(mode=0o700)
     log.info("%s from %s", run.id, public_url(config.url))
+    to_s3: Upload | None = None
     if not dry_run:
         beside = ThreadPool(2)  # the download
         s3 = beside.apply_async(aws_client, ["s3"])
         credentials = beside.apply_async(read_credentials, [config.secret])
         beside.close()
+        to_s3 = partial(upload, run, s3, uploaded)
     with step("extract") as figures:
         body = extract(config, run.folder, figures)
         figures["bytes"] = body.stat().st_size
     with step("transform", {"rows": rows}):
-        to_s3 = None if dry_run else partial(upload, run, s3, uploaded)
         staged = transform_to_parts(run, body, to_s3, rows)
-    if dry_run:
+    if not to_s3:
         print_dry_run(run, staged, rows)
         atexit.unregister(shutil.rmtree)
         return rows_text(rows, {})
     with step("stage", uploaded):
-        lineage = stage(run, body, staged, partial(upload, run, s3, uploaded))
+        lineage = stage(run, body, staged, to_s3)
     with step("load") as figures:
         changes = load(run, credentials.get(), s3.get().meta.region_name, rows, lineage)
         figures["tables"] = len(changes)

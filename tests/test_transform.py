@@ -98,11 +98,14 @@ ACROSS_BOUNDARIES = [
     '[{"numbers": [0, -1, 12345678901234567890, -1.5, 1e5, 1E-5, 2.5e+10, 0.10]}]',
     '[{"words": [true, false, null, NaN, Infinity, -Infinity]}, {"next": true}]',
     '[{"nested": {"a": [{"b": [[], {}, [{}]]}, []]}}, {}, {}]',
+    '[{"id": 1, "parts": [{"id": 2}, {"id": 3}]}, {"id": 4, "parts": [{"id": 5}, {"id": 6}]}]',
+    '[{"id": 1, "text": ",{\\"id\\":"}, {"id": 2, "text": ", {"}, {"id": 3},\n{"id": 4}]',
+    '[{"id": 1}, {"id": 2}, {"ID": {"id": 3}}, {"id": 4}, {"id" : 5}, {"id": 6}]',
     '[{ "spaces" :\n\t[ 1 ,  2 ] , "and" : { } }   ,\r\n   { "more" : "" }   ]   ',
 ]
 
 
-@pytest.mark.parametrize("size", range(1, 8))
+@pytest.mark.parametrize("size", [*range(1, 8), *range(20, 90, 7), 1000])
 @pytest.mark.parametrize("content", ACROSS_BOUNDARIES, ids=brief)
 def test_records_across_the_boundaries_of_reads(
     read: Read, monkeypatch: pytest.MonkeyPatch, content: str, size: int
