@@ -877,7 +877,8 @@ def convert(column: Column, in_key: bool, values: list[Any]) -> Any:
             return pd.array([None if v is None else float(v) for v in values], dtype="Float64")
         case "decimal":
             _only(values, "a number", int, Decimal)
-            values = [None if v is None else _decimal(*column.arguments, v) for v in values]
+            precision, scale = column.arguments
+            values = [None if v is None else _decimal(precision, scale, v) for v in values]
         case "varchar":
             _check_texts(_only(values, "a text", str), column.arguments[0])
         case kind if kind in TIMES:

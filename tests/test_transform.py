@@ -92,6 +92,17 @@ def test_batches_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jo
     assert max(map(sum, batches)) <= 810  # a record that did not end yet, and two pieces more
 
 
+def test_columns_are_of_some_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "response"
+    path.write_text('[{"id": 1}, {"id": 2}, {"id": 3}, {"id": 4}, {"id": 5}]')
+    monkeypatch.setattr(main, "BATCH_RECORDS", 1)
+    monkeypatch.setattr(main, "FRAME_BATCHES", 2)
+    tables = (table_of({"id": "integer"}), table_of({"id": "integer", "n": "integer"}))
+    assert list(main.read_columns(path, tables, main.Fields(set))) == [
+        [{"id": ids}, {"id": ids, "n": [None] * len(ids)}] for ids in ([1, 2], [3, 4], [5])
+    ]
+
+
 ACROSS_BOUNDARIES = [
     r'[{"text": "\ud83d\ude80 \u00e9 \\ \" \/ \b\f\n\r\t é 🚀 , ] } [ {"}, {"": "\ud83d"}]',
     '[{"long": "' + "abcdefghi\\\\" * 300 + '"}, {"after": 1}]',
