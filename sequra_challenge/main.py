@@ -79,7 +79,7 @@ FRAME_BATCHES = 30
 UNREADABLE = (ValueError, ArithmeticError, RecursionError, EOFError, OSError, zlib.error)
 FRAMES_AHEAD = 3  # of the thread that compresses and uploads
 GZIP_LEVEL = 4
-MARK = secrets.token_hex(8)  # stands in no text
+MARK = secrets.token_hex(8)  # random, so that it stands in no text
 
 Upload = Callable[[str, Path], None]  # takes a table's name, or "raw", and a file
 Columns = dict[str, list[Any]]  # the values of a table's columns, by name
@@ -561,11 +561,7 @@ def open_body(path: Path) -> Any:
 
 # A number with a fraction becomes the nearest double, as most readers of JSON take it.
 TO_SUPER = json.JSONEncoder(
-    ensure_ascii=False,
-    allow_nan=False,
-    check_circular=False,
-    separators=(",", ":"),
-    default=float,
+    ensure_ascii=False, allow_nan=False, check_circular=False, separators=(",", ":"), default=float
 )
 
 
@@ -653,7 +649,7 @@ def _read_array(text: TextIO, decoder: json.JSONDecoder) -> Iterator[list[Any]]:
             start, wanted, before = end, READ_CHARACTERS, ","
             if several := len(decoded) > 1:
                 yield elements
-                # What is left is the begin of an element; to try it would be in vain.
+                # What is left is the beginning of an element: to try it would be in vain.
                 elements, buffer, start = [], buffer[end:] + text.read(READ_CHARACTERS), 0
     yield elements
     rest = buffer[first + 1 :]
@@ -701,7 +697,7 @@ def flatten(records: list[dict[str, Any]], table: Table, columns: Columns, serve
 
     Values for super become JSON, the others stay as they are. Adds the names of all fields it
     meets to ``served``. Raises PipelineError for the first value that is no object where one is
-    expected, or no JSON that super holds.
+    expected, is null where it must not be, or is no JSON that super holds.
     """
     rows = explode(records, table)
     if not rows:
@@ -709,7 +705,7 @@ def flatten(records: list[dict[str, Any]], table: Table, columns: Columns, serve
     values: dict[tuple[str, ...], Sequence[Any]] = {(): rows}
 
     def checked_at(path: tuple[str, ...], check: Callable[[Any], Any]) -> Any:
-        return checked(check, values[path], table, path, lambda n: _cells(table, rows[n]))
+        return checked(check, values[path], table, path, lambda n: _row_text(table, rows[n]))
 
     for path, names in table.objects.items():
         objects = checked_at(path, _objects)
@@ -724,8 +720,8 @@ def flatten(records: list[dict[str, Any]], table: Table, columns: Columns, serve
         paths = [(*path, name) for name in wanted]
         values |= zip(paths, zip(*found, strict=True), strict=True)
     for column in table.columns:
-        is_super = column.kind == "super"
-        columns[column.name] += checked_at(column.path, _super) if is_super else values[column.path]
+        check = partial(_collected, column, column.name in table.key)
+        columns[column.name] += checked_at(column.path, check)
 
 
 def transform(columns: Columns, table: Table) -> pd.DataFrame:
@@ -734,17 +730,16 @@ def transform(columns: Columns, table: Table) -> pd.DataFrame:
     Raises PipelineError for the first value that does not fit its column, and for a double key.
     """
 
-    def cells(number: int) -> dict[str, Any]:
-        return {name: values[number] for name, values in columns.items()}
+    def named(number: int) -> str:
+        return _key_text({name: columns[name][number] for name in table.key})
 
     typed = {}
     for column in table.columns:
-        check = partial(convert, column, column.name in table.key)
-        typed[column.name] = checked(check, columns[column.name], table, column.path, cells)
+        values = columns[column.name]
+        typed[column.name] = checked(partial(convert, column), values, table, column.path, named)
     frame = pd.DataFrame(typed, copy=False)
-    doubles = frame.duplicated(list(table.key))
-    if doubles.any():
-        _refuse_doubles(table, frame.loc[doubles, list(table.key)].head(5).to_dict("records"))
+    keys = frame[list(table.key)]
+    _refuse_doubles(table, keys[keys.duplicated()].head(5).to_dict("records"))
     return frame
 
 
@@ -753,11 +748,11 @@ def checked(
     values: Sequence[Any],
     table: Table,
     path: tuple[str, ...],
-    cells: Callable[[int], dict[str, Any]],
+    named: Callable[[int], str],
 ) -> Any:
-    """What the check makes of the values at a path; ``cells`` gives the columns of the n-th row.
+    """What the check makes of the values at a path.
 
-    Raises PipelineError for the first value that is unfit.
+    Raises PipelineError for the first value that is unfit, with what ``named`` says of its row.
     """
     try:
         return check(values)
@@ -766,7 +761,7 @@ def checked(
             try:
                 check([value])
             except Unfit as unfit:
-                raise _misfit(table, cells(number), path, value, unfit) from None
+                raise _misfit(table, named(number), path, value, unfit) from None
         raise
 
 
@@ -787,12 +782,13 @@ def explode(records: list[dict[str, Any]], table: Table) -> list[dict[str, Any]]
             kind, what = (dict, "object") if depth < len(table.rows) else (list, "array")
             if not isinstance(elements, kind | NoneType):
                 unfit = Unfit(f"is not an {what}")
-                raise _misfit(table, _cells(table, {table.parent: record}), (), elements, unfit)
+                named = _row_text(table, {table.parent: record})
+                raise _misfit(table, named, (), elements, unfit)
         for position, element in enumerate(elements or [], 1):
             row = {"position": position, table.parent: record}
             if not plain and not isinstance(element, dict):
                 unfit = Unfit("is not an object")
-                raise _misfit(table, _cells(table, row), (), element, unfit)
+                raise _misfit(table, _row_text(table, row), (), element, unfit)
             rows.append(({"value": element} if plain else element) | row)
     return rows
 
@@ -813,18 +809,16 @@ def source_path(table: Table, path: tuple[str, ...]) -> str:
     return "" if path == ("position",) else ".".join((".".join(table.rows) + "[]", *path))
 
 
-def _cells(table: Table, row: Any) -> dict[str, Any]:
-    return {column.name: dig(row, column.path) for column in table.columns}
-
-
 def _misfit(
-    table: Table, cells: dict[str, Any], path: tuple[str, ...], value: Any, rule: Unfit
+    table: Table, named: str, path: tuple[str, ...], value: Any, rule: Unfit
 ) -> PipelineError:
-    keys = {name: cells[name] for name in table.key}
-    known = {name: value for name, value in cells.items() if value is not None}
-    key = _key_text(keys) if known.keys() & keys else shorten(known)
     where = source_path(table, path)
-    return PipelineError(f"{table.name}, {key}: {where}: {shorten(value)} {rule}")
+    return PipelineError(f"{table.name}, {named}: {where}: {shorten(value)} {rule}")
+
+
+def _row_text(table: Table, row: Any) -> str:
+    key = {c.name: dig(row, c.path) for c in table.columns if c.name in table.key}
+    return shorten(row) if all(value is None for value in key.values()) else _key_text(key)
 
 
 def _refuse_doubles(table: Table, keys: list[dict[Any, Any]]) -> None:
@@ -849,14 +843,18 @@ def _objects(values: Sequence[Any]) -> list[dict[str, Any]]:
     return [{} if value is None else value for value in values]
 
 
-def convert(column: Column, in_key: bool, values: list[Any]) -> Any:
+def _collected(column: Column, in_key: bool, values: Sequence[Any]) -> Sequence[Any]:
+    if (in_key or column.not_null) and None in values:
+        raise Unfit("in the key" if in_key else "in a column that is not null")
+    return _super(values) if column.kind == "super" else values
+
+
+def convert(column: Column, values: list[Any]) -> Any:
     """The values of a column as a typed pandas array, or texts as COPY reads them; null is null.
 
     Raises Unfit with the rule that a value breaks. Only numbers for real, double precision and in
     super are rounded, to the nearest that these hold.
     """
-    if (in_key or column.not_null) and None in values:
-        raise Unfit("in the key" if in_key else "in a column that is not null")
     match column.kind:
         case "boolean":
             _only(values, "a boolean", bool)

@@ -865,13 +865,13 @@ def test_long_text_that_is_nested_deeply(config: main.Config, levels: int) -> No
 @example([{"id": "a", "whole": Number("1")}, {"whole": Number("2")}])
 @given(documents(faults=0))
 def test_record_without_its_key_is_named(config: main.Config, document: list[Any]) -> None:
-    """By what is in its columns, as there is nothing else."""
+    """By how it begins, as there is nothing else."""
     document = deepcopy(document)
     document[-1].pop("id", None)
     with pytest.raises(main.PipelineError) as caught:
         transformed(config, written(document).encode())
-    assert re.match(r'public\.items, \{.*"whole": -?\d', str(caught.value))
-    assert "null," not in str(caught.value)
+    named = main.shorten(json.loads(written(document[-1])))[:40]
+    assert f"public.items, {named}" in str(caught.value)
 
 
 def test_bytes_that_are_not_utf8(config: main.Config) -> None:
