@@ -720,8 +720,11 @@ def flatten(records: list[dict[str, Any]], table: Table, columns: Columns, serve
         paths = [(*path, name) for name in wanted]
         values |= zip(paths, zip(*found, strict=True), strict=True)
     for column in table.columns:
-        check = partial(_collected, column, column.name in table.key)
-        columns[column.name] += checked_at(column.path, check)
+        in_key = column.name in table.key
+        if in_key or column.not_null:
+            checked_at(column.path, partial(_present, in_key))
+        is_super = column.kind == "super"
+        columns[column.name] += checked_at(column.path, _super) if is_super else values[column.path]
 
 
 def transform(columns: Columns, table: Table) -> pd.DataFrame:
@@ -843,10 +846,9 @@ def _objects(values: Sequence[Any]) -> list[dict[str, Any]]:
     return [{} if value is None else value for value in values]
 
 
-def _collected(column: Column, in_key: bool, values: Sequence[Any]) -> Sequence[Any]:
-    if (in_key or column.not_null) and None in values:
+def _present(in_key: bool, values: Sequence[Any]) -> None:
+    if None in values:
         raise Unfit("in the key" if in_key else "in a column that is not null")
-    return _super(values) if column.kind == "super" else values
 
 
 def convert(column: Column, values: list[Any]) -> Any:
