@@ -643,7 +643,7 @@ def _read_array(text: TextIO, decoder: json.JSONDecoder) -> Iterator[list[Any]]:
             if not more:
                 raise json.JSONDecodeError("it ends early", buffer, len(buffer)) from None
             # Doubled, so that one huge record is not scanned from its start for every piece.
-            buffer, start, wanted = buffer[start:] + more, 0, wanted * 2
+            buffer, start, wanted, several = buffer[start:] + more, 0, wanted * 2, not buffer
         else:
             elements += decoded
             start, wanted, before = end, READ_CHARACTERS, ","
