@@ -963,13 +963,13 @@ def _times(values: list[Any], kind: str) -> Any:
     return texts
 
 
-def warn_of_drift(tables: tuple[Table, ...], fields: Fields) -> None:
+def warn_of_drift(tables: tuple[Table, ...], names: Fields) -> None:
     """Logs the fields that no table loads, and those that no record has."""
     served = {
         source_path(table, (*path, name))
         for table in tables
         for path in table.objects
-        for name in fields[table.name, *path]
+        for name in names[table.name, *path]
     }
     columns = [(table, column.path) for table in tables for column in table.columns]
     # A table without rows has not looked at any field.
