@@ -43,6 +43,7 @@ from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
 from decimal import Context, Decimal, DecimalException, Inexact, InvalidOperation
 from functools import cached_property, partial
+from itertools import chain
 from logging.handlers import MemoryHandler
 from multiprocessing.pool import AsyncResult, ThreadPool
 from operator import itemgetter
@@ -71,18 +72,19 @@ ALERT_SECONDS = 10  # for all that is done about alerts
 READ_CHARACTERS = 1 << 17
 WHITESPACE = " \t\r\n"  # of JSON
 # Records are flattened while the objects made of a batch, some 2 MB, are in the processor's cache:
-# it is a fifth faster than by the thousand. A frame is of some thousand, as pandas likes it.
+# it is a fifth faster than by the thousand. pandas gets them in chunks of some thousand.
 BATCH_RECORDS = 100
-FRAME_BATCHES = 30
+CHUNK_BATCHES = 60
+CSV_ROWS = 300
 # What reading JSON raises: for a number of 5,000 digits, an exponent of 20, deep brackets, bytes
 # that are not UTF-8, a gzip file that is damaged or ends early.
 UNREADABLE = (ValueError, ArithmeticError, RecursionError, EOFError, OSError, zlib.error)
-FRAMES_AHEAD = 3  # of the thread that compresses and uploads
+CHUNKS_AHEAD = 3  # of the thread that compresses and uploads
 GZIP_LEVEL = 4
 MARK = secrets.token_hex(8)  # random, so that it stands in no text
 
 Upload = Callable[[str, Path], None]  # takes a table's name, or "raw", and a file
-Columns = dict[str, list[Any]]  # the values of a table's columns, by name
+Columns = dict[str, Any]  # the values of a table's columns, by name
 Fields = defaultdict[tuple[str, ...], set[str]]  # the names served in a table's objects, by path
 Channel = Callable[[str, list[str]], None]  # sends a message's first line and its other lines
 
@@ -727,8 +729,8 @@ def flatten(records: list[dict[str, Any]], table: Table, columns: Columns, serve
         columns[column.name] += checked_at(column.path, _super) if is_super else values[column.path]
 
 
-def transform(columns: Columns, table: Table) -> pd.DataFrame:
-    """Makes a typed column of the values of each.
+def transform(columns: Columns, table: Table) -> Columns:
+    """Makes typed columns of the values: pandas arrays, and of texts lists.
 
     Raises PipelineError for the first value that does not fit its column, and for a double key.
     """
@@ -740,10 +742,9 @@ def transform(columns: Columns, table: Table) -> pd.DataFrame:
     for column in table.columns:
         values = columns[column.name]
         typed[column.name] = checked(partial(convert, column), values, table, column.path, named)
-    frame = pd.DataFrame(typed, copy=False)
-    keys = frame[list(table.key)]
+    keys = pd.DataFrame({name: typed[name] for name in table.key})
     _refuse_doubles(table, keys[keys.duplicated()].head(5).to_dict("records"))
-    return frame
+    return typed
 
 
 def checked(
@@ -852,7 +853,7 @@ def _present(in_key: bool, values: Sequence[Any]) -> None:
 
 
 def convert(column: Column, values: list[Any]) -> Any:
-    """The values of a column as a typed pandas array, or texts as COPY reads them; null is null.
+    """The values of a column as a typed pandas array, or a list of texts as COPY reads them.
 
     Raises Unfit with the rule that a value breaks. Only numbers for real, double precision and in
     super are rounded, to the nearest that these hold.
@@ -883,7 +884,7 @@ def convert(column: Column, values: list[Any]) -> Any:
             _check_texts(_only(values, "a text", str), column.arguments[0])
         case kind if kind in TIMES:
             values = _times(values, kind)
-    return pd.Series(values, dtype=object)
+    return values
 
 
 def _decimal(precision: int, scale: int, value: Any) -> str:
@@ -943,7 +944,7 @@ TIMES = {
 }
 
 
-def _times(values: list[Any], kind: str) -> Any:
+def _times(values: list[Any], kind: str) -> list[str | None]:
     """ISO 8601 texts, with microseconds and in UTC, as COPY reads them with TIMEFORMAT 'auto'."""
     pattern, example = TIMES[kind]
     what = f"a {kind} such as {example}"
@@ -960,7 +961,7 @@ def _times(values: list[Any], kind: str) -> Any:
     texts = np.datetime_as_string(moments, unit="D" if kind == "date" else "us").astype(object)
     texts += "Z" if kind == "timestamptz" else ""
     texts[times.isna()] = None
-    return texts
+    return list(texts)
 
 
 def warn_of_drift(tables: tuple[Table, ...], names: Fields) -> None:
@@ -1026,12 +1027,12 @@ class PartWriter:
         self._file = gzip.GzipFile(self.parts[-1], "wb", GZIP_LEVEL, mtime=0)
         self._file.write(",".join(column.name for column in self.table.columns).encode() + b"\n")
 
-    def write(self, csv: str) -> None:
+    def write(self, csv: bytes) -> None:
         """Appends lines, to a new part where the last is large enough."""
         if self.parts[-1].stat().st_size > self.run.config.part_mb << 20:
             self.close()
             self._begin_part()
-        self._file.write(csv.encode())
+        self._file.write(csv)
 
     def close(self) -> None:
         """Ends the last part."""
@@ -1040,21 +1041,27 @@ class PartWriter:
             self._upload(self.table.name, self.parts[-1])
 
 
-def csv_rows(frame: pd.DataFrame, null: str) -> str:
-    """The rows of a frame as CSV, in which every text is quoted and NULL is not.
+def csv_rows(columns: Columns, null: str) -> bytes:
+    """The rows of typed columns as CSV, in which every text is quoted and NULL is not.
 
     The csv module cannot do that, and before Python 3.13 leaves a lone carriage return unquoted.
     """
 
-    def cells(column: pd.Series) -> Iterable[str]:
-        if column.dtype == object:
-            return (
-                null if c is None else '"' + c.replace('"', '""') + '"' for c in column.tolist()
-            )
+    def quote(texts: list[str | None]) -> list[str]:
+        if '"' in "".join(filter(None, texts)):
+            texts = [text and text.replace('"', '""') for text in texts]
+        return [null if text is None else f'"{text}"' for text in texts]
+
+    def cells(column: Any) -> Iterable[str]:
+        if isinstance(column, list):
+            # Some at a time, so that they are still in the cache when the rows are made of them.
+            slices = (column[n : n + CSV_ROWS] for n in range(0, len(column), CSV_ROWS))
+            return chain.from_iterable(map(quote, slices))
         return map(str, column.to_numpy(object, na_value=null))
 
-    rows = zip(*(cells(column) for _, column in frame.items()), strict=True)
-    return "\n".join([*map(",".join, rows), ""])
+    rows = map(",".join, zip(*map(cells, columns.values()), strict=True))
+    # One by one: in a text of all, a single emoji would make each character take four bytes.
+    return b"\n".join([*map(str.encode, rows), b""])
 
 
 def read_columns(body: Path, tables: tuple[Table, ...], served: Fields) -> Iterator[list[Columns]]:
@@ -1067,7 +1074,7 @@ def read_columns(body: Path, tables: tuple[Table, ...], served: Fields) -> Itera
     for number, records in enumerate(read_batches(body), 1):
         for table, of_table in zip(tables, columns, strict=True):
             flatten(records, table, of_table, served)
-        if number % FRAME_BATCHES == 0:
+        if number % CHUNK_BATCHES == 0:
             yield columns
             columns = no_rows()
     yield columns
@@ -1076,7 +1083,7 @@ def read_columns(body: Path, tables: tuple[Table, ...], served: Fields) -> Itera
 def transform_to_parts(
     run: Run, body: Path, upload: Upload | None, rows: dict[str, int]
 ) -> list[PartWriter]:
-    """Reads the source and writes the rows of all tables, frame by frame, into CSV parts.
+    """Reads the source and writes the rows of all tables, chunk by chunk, into CSV parts.
 
     The parts are compressed and uploaded in a thread beside the parsing: zlib and the network
     release the GIL. Counts the rows of each table.
@@ -1089,14 +1096,14 @@ def transform_to_parts(
 
         def hand_on(call: Callable[..., None], *arguments: Any) -> None:
             ahead.append(thread.apply_async(call, arguments))
-            if len(ahead) > FRAMES_AHEAD:
+            if len(ahead) > CHUNKS_AHEAD:
                 ahead.popleft().get()
 
         for columns in read_columns(body, run.config.tables, served):
             for parts, of_table in zip(staged, columns, strict=True):
-                frame = transform(of_table, parts.table)
-                hand_on(parts.write, csv_rows(frame, run.null))
-                rows[parts.table.name] += len(frame)
+                typed = transform(of_table, parts.table)
+                hand_on(parts.write, csv_rows(typed, run.null))
+                rows[parts.table.name] += len(typed[parts.table.key[0]])
         for parts in staged:
             hand_on(parts.close)
         for result in ahead:

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import yaml
 
 from sequra_challenge import main
@@ -36,10 +35,10 @@ def table_of(columns: dict[str, str], key: str | list[str] = "id", **settings: A
     return config_of({"public.things": settings}).tables[0]
 
 
-def frame_of(
+def columns_of(
     records: list[dict[str, Any]], table: main.Table, served: main.Fields | None = None
-) -> pd.DataFrame:
-    """The records as a frame, made of two batches."""
+) -> main.Columns:
+    """The typed columns of records, made of two batches."""
     columns: main.Columns = {column.name: [] for column in table.columns}
     for batch in (records[:2], records[2:]):
         main.flatten(batch, table, columns, main.Fields(set) if served is None else served)

@@ -646,7 +646,8 @@ def names_a_record(message: str, document: list[Any], faulty: list[int]) -> bool
 SIZES = st.fixed_dictionaries(
     {
         "BATCH_RECORDS": st.sampled_from([1, 2, 3, 7]),
-        "FRAME_BATCHES": st.sampled_from([1, 2, 3]),
+        "CHUNK_BATCHES": st.sampled_from([1, 2, 3]),
+        "CSV_ROWS": st.sampled_from([1, 2, 300]),
         "READ_CHARACTERS": st.sampled_from([7, 100, 1 << 20]),
     }
 )

@@ -20,7 +20,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from configs import SECTIONS, config_of, frame_of, read_records, table_of
+from configs import SECTIONS, columns_of, config_of, read_records, table_of
 from sandbox import BUCKET, SECRET, Sandbox
 from sequra_challenge import main
 
@@ -148,7 +148,7 @@ def written(type_: str, values: list[Any]) -> list[str]:
     """The cells of a column with these values."""
     table = table_of({"id": "integer", "v": type_})
     records = [{"id": number, "v": value} for number, value in enumerate(values)]
-    text = main.csv_rows(frame_of(records, table), NULL)
+    text = main.csv_rows(columns_of(records, table), NULL).decode()
     rows = list(csv.reader(io.StringIO(text, newline=""), strict=True))
     assert [row[0] for row in rows] == [str(number) for number in range(len(values))]
     return [row[1] for row in rows]
@@ -396,7 +396,7 @@ def test_every_value_is_in_redshift(
     at_hand: Sandbox, records: list[dict[str, Any]], batch: int
 ) -> None:
     at_hand.source.body = encoded(records).encode()
-    with mock.patch.multiple(main, BATCH_RECORDS=batch, FRAME_BATCHES=2):
+    with mock.patch.multiple(main, BATCH_RECORDS=batch, CHUNK_BATCHES=2):
         run = replace(ALL_TYPES, url=at_hand.source.url)
         assert main.run_pipeline(run, allow_shrink=True) == 0
 

@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from configs import config_of, frame_of, read_records, table_of
+from configs import columns_of, config_of, read_records, table_of
 from sequra_challenge import main
 
 # A warning of NumPy or pandas would stand between the lines of the log.
@@ -96,7 +96,7 @@ def test_columns_are_of_some_batches(tmp_path: Path, monkeypatch: pytest.MonkeyP
     path = tmp_path / "response"
     path.write_text('[{"id": 1}, {"id": 2}, {"id": 3}, {"id": 4}, {"id": 5}]')
     monkeypatch.setattr(main, "BATCH_RECORDS", 1)
-    monkeypatch.setattr(main, "FRAME_BATCHES", 2)
+    monkeypatch.setattr(main, "CHUNK_BATCHES", 2)
     tables = (table_of({"id": "integer"}), table_of({"id": "integer", "n": "integer"}))
     assert list(main.read_columns(path, tables, main.Fields(set))) == [
         [{"id": ids}, {"id": ids, "n": [None] * len(ids)}] for ids in ([1, 2], [3, 4], [5])
@@ -285,8 +285,8 @@ SHIPS = table_of(
 
 def rows_of(records: list[dict[str, Any]], table: main.Table) -> list[list[str]]:
     """The rows as the CSV files have them."""
-    frame = frame_of(records, table)
-    return list(csv.reader(io.StringIO(main.csv_rows(frame, "NULL"), newline="")))
+    text = main.csv_rows(columns_of(records, table), "NULL").decode()
+    return list(csv.reader(io.StringIO(text, newline="")))
 
 
 def test_a_record_is_a_row_without_rows() -> None:
@@ -336,7 +336,7 @@ def test_a_record_without_elements_has_no_rows(record: dict[str, Any]) -> None:
 def test_the_source_is_not_changed() -> None:
     records: list[dict[str, Any]] = [{"id": 1, "stage": {"cores": [{"core": "a"}]}}]
     before = json.dumps(records)
-    frame_of(records, CORES)
+    columns_of(records, CORES)
     assert json.dumps(records) == before
 
 
@@ -355,7 +355,7 @@ def test_the_source_is_not_changed() -> None:
 def test_rows_that_are_no_array_of_objects_are_refused(cores: Any, message: str) -> None:
     records: list[dict[str, Any]] = [{"id": 6}, {"id": 7, "stage": {"cores": cores}}]
     with pytest.raises(main.PipelineError) as refused:
-        frame_of(records, CORES)
+        columns_of(records, CORES)
     assert str(refused.value).startswith("public.things, launch_id=7, position=")
     assert str(refused.value).endswith(f": stage.cores[]: {message}")
 
@@ -401,7 +401,7 @@ def test_what_is_not_of_the_configured_shape_is_refused(
     record: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(main.PipelineError) as refused:
-        frame_of([{"id": 8}, record | {"id": 9}, {"id": 10}], NESTED)
+        columns_of([{"id": 8}, record | {"id": 9}, {"id": 10}], NESTED)
     assert str(refused.value) == f"public.things, id=9: {message}"
 
 
@@ -410,7 +410,7 @@ def test_a_misfit_in_an_element_names_the_path_in_the_source() -> None:
         {"id": 4, "stage": {"cores": [{"core": "a"}, {"core": "0123456789"}]}}
     ]
     with pytest.raises(main.PipelineError) as refused:
-        frame_of(records, CORES)
+        columns_of(records, CORES)
     assert str(refused.value) == (
         "public.things, launch_id=4, position=2: stage.cores[].core: "
         '"0123456789" has a text of 10 bytes, at most 9 fit'
@@ -419,7 +419,7 @@ def test_a_misfit_in_an_element_names_the_path_in_the_source() -> None:
 
 def test_a_misfit_in_the_parent_names_the_path_in_the_source() -> None:
     with pytest.raises(main.PipelineError) as refused:
-        frame_of([{"id": "x", "stage": {"cores": [{}]}}], CORES)
+        columns_of([{"id": "x", "stage": {"cores": [{}]}}], CORES)
     assert str(refused.value) == (
         'public.things, launch_id="x", position=1: id: "x" is not an integer'
     )
@@ -709,7 +709,7 @@ def test_a_value_too_deep_for_super_is_refused() -> None:
         value = [value]
     table = table_of({"id": "integer", "v": "super"})
     with pytest.raises(main.PipelineError, match="id=1: v: a deeply nested list is not JSON that"):
-        frame_of([{"id": 1, "v": value}], table)
+        columns_of([{"id": 1, "v": value}], table)
 
 
 # --- transform: nulls and keys ------------------------------------------------------------------
@@ -722,14 +722,14 @@ def test_a_value_too_deep_for_super_is_refused() -> None:
 def test_null_in_a_column_that_is_not_null_is_refused(type_: str, value: dict[str, None]) -> None:
     table = table_of({"id": "integer", "v": f"{type_} not null"})
     with pytest.raises(main.PipelineError) as refused:
-        frame_of([{"id": 5} | value], table)
+        columns_of([{"id": 5} | value], table)
     assert str(refused.value) == "public.things, id=5: v: null in a column that is not null"
 
 
 def test_null_in_the_key_is_refused() -> None:
     table = table_of({"id": "integer", "part.n": "integer"}, ["id", "part_n"])
     with pytest.raises(main.PipelineError) as refused:
-        frame_of([{"id": 1, "part": {"n": 1}}, {"id": 2}], table)
+        columns_of([{"id": 1, "part": {"n": 1}}, {"id": 2}], table)
     assert str(refused.value) == "public.things, id=2, part_n=null: part.n: null in the key"
 
 
@@ -758,7 +758,7 @@ def test_doubles_are_refused_and_named() -> None:
         {"id": 2, "name": "a", "n": 5},
     ]
     with pytest.raises(main.PipelineError) as refused:
-        frame_of(records, table)
+        columns_of(records, table)
     assert str(refused.value) == (
         'public.things: more than one row has the key id=1, name="b"; id=2, name="a"'
     )
@@ -777,7 +777,7 @@ def test_doubles_are_refused_and_named() -> None:
 def test_a_key_written_in_two_ways_is_a_double(type_: str, values: list[str]) -> None:
     table = table_of({"id": type_})
     with pytest.raises(main.PipelineError, match="more than one row has the key id="):
-        frame_of([{"id": parsed(value)} for value in values], table)
+        columns_of([{"id": parsed(value)} for value in values], table)
 
 
 def test_texts_of_a_key_that_differ_are_no_doubles() -> None:
@@ -823,7 +823,7 @@ def drift(caplog: pytest.LogCaptureFixture, *records: dict[str, Any]) -> set[str
     served = main.Fields(set)
     for record in records:
         for table in DRIFT.tables:
-            frame_of([record], table, served)
+            columns_of([record], table, served)
     with caplog.at_level(logging.INFO, "sequra_challenge"):
         main.warn_of_drift(DRIFT.tables, served)
     assert {record.levelname for record in caplog.records} <= {"WARNING"}
@@ -905,23 +905,33 @@ def test_a_renamed_field_is_both(caplog: pytest.LogCaptureFixture) -> None:
     ],
 )
 def test_a_cell_of_text(value: str | None, written: str) -> None:
-    frame = pd.DataFrame({"text": pd.Series([value, "x"], dtype=object)})
-    assert main.csv_rows(frame, "NULL-7") == f'{written}\n"x"\n'
+    assert main.csv_rows({"text": [value, "x"]}, "NULL-7") == f'{written}\n"x"\n'.encode()
 
 
 def test_a_row_of_all_kinds() -> None:
-    frame = pd.DataFrame(
-        {
-            "flag": pd.array([True, None], dtype="boolean"),
-            "number": pd.array([9007199254740993, None], dtype="Int64"),
-            "float": pd.array([0.1, None], dtype="Float64"),
-            "text": pd.Series(["a", None], dtype=object),
-        }
+    columns = {
+        "flag": pd.array([True, None], dtype="boolean"),
+        "number": pd.array([9007199254740993, None], dtype="Int64"),
+        "float": pd.array([0.1, None], dtype="Float64"),
+        "text": ["a", None],
+    }
+    assert main.csv_rows(columns, "NULL-7") == (
+        b'True,9007199254740993,0.1,"a"\nNULL-7,NULL-7,NULL-7,NULL-7\n'
     )
-    assert main.csv_rows(frame, "NULL-7") == (
-        'True,9007199254740993,0.1,"a"\nNULL-7,NULL-7,NULL-7,NULL-7\n'
-    )
+
+
+@pytest.mark.parametrize("number", [main.CSV_ROWS - 1, main.CSV_ROWS, 2 * main.CSV_ROWS])
+def test_a_text_with_quotes_among_many(number: int) -> None:
+    texts = ["", None, "x"] * main.CSV_ROWS
+    texts[number] = '"'
+    cells = ['""', "NULL-7", '"x"'] * main.CSV_ROWS
+    cells[number] = '""""'
+    numbers = pd.array(range(len(texts)), dtype="Int64")
+    assert main.csv_rows({"text": texts, "number": numbers}, "NULL-7").decode().split("\n") == [
+        *(f"{cell},{n}" for n, cell in enumerate(cells)),
+        "",
+    ]
 
 
 def test_no_rows_are_no_text() -> None:
-    assert main.csv_rows(pd.DataFrame({"a": [], "b": []}), "NULL-7") == ""
+    assert main.csv_rows({"a": [], "b": []}, "NULL-7") == b""
