@@ -671,10 +671,10 @@ def _decode(
     """
     if several:
         begins = buffer[first : buffer.find(":", first) + 1]
-        together = buffer[first : buffer.rfind(begins)].rstrip(WHITESPACE)
-        if together.endswith(","):
+        comma = buffer.rfind(",", first, buffer.rfind(begins))
+        if comma > 0:
             with contextlib.suppress(*UNREADABLE):
-                return decoder.decode(f"[{together[:-1]}]"), first + len(together) - 1
+                return decoder.decode(f"[{buffer[first:comma]}]"), comma
     element, end = decoder.raw_decode(buffer, first)
     return [element], end
 
