@@ -1144,7 +1144,7 @@ def aws_errors(action: str, resource: str) -> Iterator[None]:
 
 
 def upload(run: Run, s3: AsyncResult[Any], figures: dict[str, int], name: str, file: Path) -> None:
-    """Uploads a file of the run, and deletes it here: the disk never holds more than some parts."""
+    """Uploads a file of the run, and deletes it here, so that the disk never holds all parts."""
     encryption = {"ServerSideEncryption": "AES256"}
     if run.config.kms_key:
         encryption = {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": run.config.kms_key}
@@ -1161,13 +1161,22 @@ def upload(run: Run, s3: AsyncResult[Any], figures: dict[str, int], name: str, f
     file.unlink()
 
 
-def stage(run: Run, body: Path, staged: list[PartWriter], upload: Upload) -> dict[str, str]:
-    """Uploads the raw response, gzipped, and the manifests; returns where the rows come from."""
+def compress_raw(run: Run, body: Path) -> tuple[Path, str]:
+    """Gzips the raw response; returns the file, and the SHA-256 of what is in it."""
     raw = run.folder / ("response.ndjson.gz" if body.suffix == ".ndjson" else "response.json.gz")
+    digest = hashlib.sha256()
     with open_body(body) as text, gzip.open(raw, "wb", GZIP_LEVEL) as target:
-        shutil.copyfileobj(text, target)
-    with open_body(body) as text:
-        sha256 = hashlib.file_digest(text, "sha256").hexdigest()
+        # Large pieces: beside the parsing, each waits for the GIL.
+        for piece in iter(partial(text.read, 1 << 20), b""):
+            digest.update(piece)
+            target.write(piece)
+    return raw, digest.hexdigest()
+
+
+def stage(
+    run: Run, raw: Path, sha256: str, staged: list[PartWriter], upload: Upload
+) -> dict[str, str]:
+    """Uploads the raw response and the manifests; returns where the rows come from."""
     upload("raw", raw)
     for parts in staged:
         urls = [run.url(parts.table.name, part.name) for part in parts.parts]
@@ -1775,14 +1784,16 @@ def run_steps(run: Run, dry_run: bool, rows: dict[str, int]) -> str:
     log.info("%s from %s", run.id, public_url(config.url))
     to_s3: Upload | None = None
     if not dry_run:
-        beside = ThreadPool(2)  # the download
+        beside = ThreadPool(2)
         s3 = beside.apply_async(aws_client, ["s3"])
         credentials = beside.apply_async(read_credentials, [config.secret])
-        beside.close()
         to_s3 = partial(upload, run, s3, uploaded)
     with step("extract") as figures:
         body = extract(config, run.folder, figures)
         figures["bytes"] = body.stat().st_size
+    if to_s3:
+        compressed = beside.apply_async(compress_raw, [run, body])
+        beside.close()
     with step("transform", {"rows": rows}):
         staged = transform_to_parts(run, body, to_s3, rows)
     if not to_s3:
@@ -1790,7 +1801,7 @@ def run_steps(run: Run, dry_run: bool, rows: dict[str, int]) -> str:
         atexit.unregister(shutil.rmtree)
         return rows_text(rows, {})
     with step("stage", uploaded):
-        lineage = stage(run, body, staged, to_s3)
+        lineage = stage(run, *compressed.get(), staged, to_s3)
     with step("load") as figures:
         changes = load(run, credentials.get(), s3.get().meta.region_name, rows, lineage)
         figures["tables"] = len(changes)

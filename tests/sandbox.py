@@ -188,10 +188,10 @@ def library_page(handler: BaseHTTPRequestHandler) -> bytes:
 
 # Something unexpected, when files are staged.
 BUG = """
-import shutil
-def copyfileobj(*_):
+from pathlib import Path
+def write_text(*_):
     raise RuntimeError("a bug")
-shutil.copyfileobj = copyfileobj
+Path.write_text = write_text
 """
 
 

@@ -391,7 +391,7 @@ def test_thousands_of_records_pass_through_in_batches_and_parts(
     chance = random.Random(1)
     document = [
         launches()[number % 30] | {"id": f"{number:024}", "details": chance.randbytes(700).hex()}
-        for number in range(2_100)
+        for number in range(2_800)
     ]
     serve(sandbox, document)
     config = write_config(tmp_path, {"staging.part_mb": 1})
