@@ -148,8 +148,9 @@ class Column:
 
     @cached_property
     def name(self) -> str:
-        """The column's name: ``links_patch_small`` of links.patch.small."""
-        return "_".join(self.path)
+        """The column's name: ``links_patch_small`` of links.patch.small, ``ship_to`` of shipTo."""
+        words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", "_".join(self.path))
+        return re.sub(r"\W", "_", words).lower()
 
     @property
     def sql(self) -> str:
@@ -387,7 +388,9 @@ def extract(config: Config, folder: Path, figures: dict[str, Any]) -> Path:
     else:
         target = Path(config.url).expanduser()
         if not target.is_file():
-            raise PipelineError(f"the source {public_url(config.url)} is not a file")
+            raise PipelineError(
+                f"the source {public_url(config.url)} is not a file, nor a URL of http, https or s3"
+            )
     return target
 
 
@@ -939,8 +942,8 @@ TIME = DATE + r"[T ]\d\d:\d\d:\d\d(\.\d{1,6})?"
 # For each type what its texts must match, and an example.
 TIMES = {
     "date": (DATE, "2006-03-24"),
-    "timestamp": (TIME, "2006-03-24T22:30:00, without an offset"),
-    "timestamptz": (TIME + r"(Z|[+-]\d\d(:?\d\d)?)", "2006-03-24T22:30:00Z, with an offset"),
+    "timestamp": (TIME, "2006-03-24T22:30:00.123456, without an offset"),
+    "timestamptz": (TIME + r"(Z|[+-]\d\d(:?\d\d)?)", "2006-03-24T22:30:00.123456Z, with an offset"),
 }
 
 

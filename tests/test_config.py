@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from configs import SECTIONS
+from configs import SECTIONS, table_of
 from sequra_challenge import main
 
 ROLE = "arn:aws:iam::123456789012:role/loader"
@@ -260,12 +260,7 @@ def test_every_type_is_accepted(change: Change, type_: str, suffix: str) -> None
 @pytest.mark.parametrize(
     "path",
     [
-        "Name",
-        "a.Name",
-        "first-name",
-        "first name",
         "naïve",
-        '"name"',
         "1st",
         "a" * 128,
         ".a",
@@ -285,6 +280,33 @@ def test_a_name_that_is_no_column_is_refused(change: Change, path: str) -> None:
     found = faults(change("tables / public.launches / columns", columns))
     assert found
     assert all(fault.startswith(f"{LAUNCHES}.columns.{path}: ") for fault in found)
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("orderId", "order_id"),
+        ("shipTo.postalCode", "ship_to_postal_code"),
+        ("Name", "name"),
+        ("lineNo2Total", "line_no2_total"),
+        ("imageURL", "image_url"),
+        ("ID", "id"),
+        ("ship-to", "ship_to"),
+        ("first name", "first_name"),
+        ("@type", "_type"),
+        ('a"b', "a_b"),
+        ("_id", "_id"),
+    ],
+)
+def test_a_name_is_in_snake_case(path: str, name: str) -> None:
+    assert table_of({path: "integer"}, name).columns[0].name == name
+
+
+def test_two_names_that_become_one_are_refused(change: Change) -> None:
+    columns = TABLES["public.launches"]["columns"] | {"shipTo": "date", "ship.to": "date"}
+    assert faults(change("tables / public.launches / columns", columns)) == [
+        f"{LAUNCHES}.columns: 2 paths give the column 'ship_to'"
+    ]
 
 
 def test_a_name_of_127_bytes_is_accepted(change: Change) -> None:

@@ -475,6 +475,38 @@ def test_tables_of_array_elements_and_of_plain_values(sandbox: Sandbox, tmp_path
     assert sandbox.query(counts + "crew") == [{"count": 0}]
 
 
+def test_names_that_are_not_in_snake_case(sandbox: Sandbox, tmp_path: Path) -> None:
+    tables = {
+        "public.orders": {
+            "key": "order_id",
+            "columns": {"orderId": "integer", "shipTo.post-code": "varchar(9)"},
+        },
+        "public.order_lines": {
+            "rows": "orderLines",
+            "parent": "theOrder",
+            "key": ["the_order_order_id", "position"],
+            "columns": {
+                "theOrder.orderId": "integer",
+                "position": "smallint",
+                "unitPrice": "decimal(9,2)",
+            },
+        },
+    }
+    lines = [{"unitPrice": 1.5}, {"unitPrice": 2}]
+    serve(sandbox, [{"orderId": 7, "shipTo": {"post-code": "7005"}, "orderLines": lines}])
+    done = sandbox.run("--config", write_config(tmp_path, tables=tables))
+    assert done.returncode == 0
+    assert "WARNING" not in done.stderr
+    assert sandbox.query("SELECT order_id, ship_to_post_code FROM public.orders") == [
+        {"order_id": 7, "ship_to_post_code": "7005"}
+    ]
+    sql = "SELECT the_order_order_id, unit_price FROM public.order_lines ORDER BY position"
+    assert [tuple(map(str, row.values())) for row in sandbox.query(sql)] == [
+        ("7", "1.50"),
+        ("7", "2.00"),
+    ]
+
+
 def test_answers_to_the_questions(sandbox: Sandbox) -> None:
     loaded(sandbox)
     first, most, soon = (sandbox.query(sql) for sql in QUESTIONS.values())
@@ -646,7 +678,7 @@ tables:
     sort_key: ships
     columns:
       id: varchar
-      Name: varchar(10)
+      2nd: varchar(10)
       ships: super
       amount: decimal(50,2)
   cores:
@@ -679,7 +711,7 @@ def test_a_wrong_configuration_names_all_faults_and_requests_nothing(
             "tables.public.launches.mode: ",
             "tables.public.launches.sort_key: 'ships'",
             "tables.public.launches.columns.id: ",
-            "tables.public.launches.columns.Name: ",
+            "tables.public.launches.columns.2nd: ",
             "tables.public.launches.columns.amount: ",
             "tables.cores: must be schema.table",
             "tables.cores: rows and parent go together",
