@@ -576,7 +576,8 @@ def test_everything_hangs(
         assert warned(done) == told, done.stderr
     lines = check_message(
         sandbox,
-        f"redshift failed on {HOST}: extract: the source /nowhere is not a file",
+        f"redshift failed on {HOST}: extract: the source /nowhere is not a file, "
+        "nor a URL of http, https or s3",
         heartbeat=True,  # the one that drips
     )
     assert not [line for line in lines if line.startswith("public.")]
