@@ -75,7 +75,7 @@ WHITESPACE = " \t\r\n"  # of JSON
 # it is a fifth faster than by the thousand. pandas gets them in chunks of some thousand.
 BATCH_RECORDS = 100
 CHUNK_BATCHES = 60
-CSV_ROWS = 300
+CSV_ROWS = 300  # quoted at a time
 # What reading JSON raises: for a number of 5,000 digits, an exponent of 20, deep brackets, bytes
 # that are not UTF-8, a gzip file that is damaged or ends early.
 UNREADABLE = (ValueError, ArithmeticError, RecursionError, EOFError, OSError, zlib.error)
@@ -1168,9 +1168,9 @@ def compress_raw(run: Run, body: Path) -> tuple[Path, str]:
     """Gzips the raw response; returns the file, and the SHA-256 of what is in it."""
     raw = run.folder / ("response.ndjson.gz" if body.suffix == ".ndjson" else "response.json.gz")
     digest = hashlib.sha256()
-    with open_body(body) as text, gzip.open(raw, "wb", GZIP_LEVEL) as target:
+    with open_body(body) as response, gzip.open(raw, "wb", GZIP_LEVEL) as target:
         # Large pieces: beside the parsing, each waits for the GIL.
-        for piece in iter(partial(text.read, 1 << 20), b""):
+        for piece in iter(partial(response.read, 1 << 20), b""):
             digest.update(piece)
             target.write(piece)
     return raw, digest.hexdigest()
@@ -1787,7 +1787,7 @@ def run_steps(run: Run, dry_run: bool, rows: dict[str, int]) -> str:
     log.info("%s from %s", run.id, public_url(config.url))
     to_s3: Upload | None = None
     if not dry_run:
-        beside = ThreadPool(2)
+        beside = ThreadPool(2)  # the download, then the transform
         s3 = beside.apply_async(aws_client, ["s3"])
         credentials = beside.apply_async(read_credentials, [config.secret])
         to_s3 = partial(upload, run, s3, uploaded)

@@ -42,6 +42,7 @@ from sandbox import (
     Sandbox,
     answer,
 )
+from sequra_challenge import main
 
 Rows = list[dict[str, Any]]
 Document = Rows
@@ -998,10 +999,11 @@ def test_double_keys_far_apart_are_refused_and_change_no_table(sandbox: Sandbox)
     loaded(sandbox)
     before = snapshot(sandbox)
     record = launches()[0]
-    document = [record | {"id": f"record-{number}"} for number in range(4_000)]
+    chunk = main.CHUNK_BATCHES * main.BATCH_RECORDS
+    document = [record | {"id": f"record-{number}"} for number in range(chunk)]
     serve(sandbox, [*document, document[0], document[5]])
     done = sandbox.run()
-    assert_failed(done, LAUNCHES, "more than one row", '"record-0"', '"record-5"')
+    assert_failed(done, "load: ", LAUNCHES, "more than one row", '"record-0"', '"record-5"')
     assert snapshot(sandbox) == before
 
 
