@@ -34,7 +34,7 @@ import psycopg
 import pytest
 import yaml
 
-from configs import SHIPPED
+from helpers import SHIPPED
 from redshift import DropConnection
 from sandbox import BUCKET, DATABASE, PASSWORD, SAMPLE, SECRET, USER, LocalServer, Sandbox, answer
 

@@ -17,7 +17,7 @@ import boto3
 import pytest
 import yaml
 
-from configs import SHIPPED
+from helpers import SHIPPED
 from redshift import DropConnection
 from sandbox import BUCKET, SAMPLE, Sandbox
 from sequra_challenge import main

@@ -16,7 +16,7 @@ import psycopg
 import pytest
 import yaml
 
-from configs import SHIPPED
+from helpers import SHIPPED
 from sandbox import SAMPLE, Sandbox
 from sequra_challenge import main
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from configs import config_of
+from helpers import config_of
 from sequra_challenge import main
 
 REPLACED = {

@@ -25,7 +25,7 @@ from typing import Any
 import pytest
 import yaml
 
-from configs import SHIPPED
+from helpers import SHIPPED
 from sandbox import (
     BUG,
     PING,

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
-from configs import SHIPPED
+from helpers import SHIPPED
 from sandbox import (
     BUG,
     PASSWORD,

@@ -27,7 +27,7 @@ import psycopg
 import pytest
 import yaml
 
-from configs import SHIPPED
+from helpers import SHIPPED
 from sandbox import (
     BUCKET,
     DATABASE,

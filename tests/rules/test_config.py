@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from configs import SECTIONS, table_of
+from helpers import SECTIONS, table_of
 from sequra_challenge import main
 
 ROLE = "arn:aws:iam::123456789012:role/loader"

@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from configs import columns_of, config_of, read_records, table_of
+from helpers import columns_of, config_of, read_records, table_of
 from sequra_challenge import main
 
 # A warning of NumPy or pandas would stand between the lines of the log.

@@ -20,7 +20,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from configs import SECTIONS, columns_of, config_of, read_records, table_of
+from helpers import SECTIONS, columns_of, config_of, read_records, table_of
 from sandbox import BUCKET, SECRET, Sandbox
 from sequra_challenge import main
 
