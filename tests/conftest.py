@@ -10,24 +10,26 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from helpers import import_packages
 from sandbox import SAMPLE, Sandbox
-from sequra_challenge import main
 
-# How many documents tests/test_documents.py makes in all. By default the same ones each time.
-slow = [HealthCheck.too_slow, HealthCheck.data_too_large]
-settings.register_profile(
-    "default", max_examples=2_000, deadline=None, derandomize=True, suppress_health_check=slow
-)
-settings.register_profile(
-    "nightly", max_examples=10_000, deadline=None, print_blob=True, suppress_health_check=slow
-)
+# How many documents tests/rules/test_documents.py makes in all. By default the same ones each time.
+for name, examples in {"default": 500, "ci": 2_000, "nightly": 10_000}.items():
+    settings.register_profile(
+        name,
+        max_examples=examples,
+        deadline=None,
+        derandomize=name != "nightly",
+        print_blob=name == "nightly",
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
 @pytest.fixture(scope="session", autouse=True)
 def packages() -> None:
     """The large packages, which main.py imports after the configuration is read."""
-    main.import_packages()
+    import_packages()
 
 
 @pytest.fixture(scope="session")

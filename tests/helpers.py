@@ -1,19 +1,52 @@
-"""Small configurations, read by the program as it reads any other."""
+"""What the tests share: configurations, documents, runs; and the program's parts, one by one.
+
+Whatever a test needs of the inside of main.py it gets from here, as records and rows.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import csv
+import gzip
+import io
+import itertools
 import json
+import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from datetime import UTC, date, datetime
+from decimal import Decimal
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
+from unittest import mock
 
 import yaml
 
+from sandbox import PIPELINE, SAMPLE, Sandbox, answer
 from sequra_challenge import main
+from sequra_challenge.main import Config, Table
+from sequra_challenge.main import ConfigError as ConfigError
+from sequra_challenge.main import PipelineError as PipelineError
+
+Answer = Callable[[BaseHTTPRequestHandler], None]
+Done = CompletedProcess[str]
+Record = dict[str, Any]
+Records = list[Record]
+
+LAUNCHES, CORES, AUDIT = "public.launches", "public.launch_cores", "public.etl_runs"
+ROLE = "arn:aws:iam::123456789012:role/loader"
+RUN_ID = r"\d{8}T\d{6}\.\d{6}Z-[0-9a-f]{8}"
+JSON = ("--log-format", "json")
+LOAD_TRIES = main.LOAD_TRIES
+NULL = "NULL-7f"  # what stands for NULL in CSV, in the tests of that
+
+# --- configurations ------------------------------------------------------------------------------
 
 # conf/pipeline.yaml. Its scalars are texts, as the program takes them: `on` is not True.
-SHIPPED: dict[str, Any] = yaml.load(main.DEFAULT_CONFIG.read_bytes(), yaml.BaseLoader)
+SHIPPED: dict[str, Any] = yaml.load(PIPELINE.read_bytes(), yaml.BaseLoader)
 SECTIONS: dict[str, Any] = {
     "source": {"url": "https://example.org/v5/launches"},
     "staging": {"bucket": "bucket", "prefix": "spacex"},
@@ -21,32 +54,293 @@ SECTIONS: dict[str, Any] = {
 }
 
 
-def config_of(tables: dict[str, Any], **sections: Any) -> main.Config:
+def load_config(path: Path) -> Config:
+    """The configuration in a file, as the program reads it."""
+    return main.load_config(path)
+
+
+def config_of(tables: dict[str, Any], **sections: Any) -> Config:
     """A configuration with these tables; JSON is YAML as well."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "pipeline.yaml"
         path.write_text(json.dumps(SECTIONS | sections | {"tables": tables}))
-        return main.load_config(path)
+        return load_config(path)
 
 
-def table_of(columns: dict[str, str], key: str | list[str] = "id", **settings: Any) -> main.Table:
+def table_of(columns: dict[str, str], key: str | list[str] = "id", **settings: Any) -> Table:
     """The table public.things with these columns."""
-    settings = {"key": key, "columns": columns, **settings}
-    return config_of({"public.things": settings}).tables[0]
+    return config_of({"public.things": {"key": key, "columns": columns, **settings}}).tables[0]
 
 
-def columns_of(
-    records: list[dict[str, Any]], table: main.Table, served: main.Fields | None = None
-) -> main.Columns:
-    """The typed columns of records, made of two batches."""
-    columns: main.Columns = {column.name: [] for column in table.columns}
-    for batch in (records[:2], records[2:]):
-        main.flatten(batch, table, columns, main.Fields(set) if served is None else served)
-    return main.transform(columns, table)
+def write_yaml(path: Path, document: dict[str, Any]) -> tuple[str, Path]:
+    """Writes a configuration and returns the argument that names it."""
+    path.write_text(yaml.safe_dump(document, sort_keys=False))
+    return "--config", path
 
 
-def read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a file one by one, as the program reads them in batches."""
-    for batch in main.read_batches(path):
+def shipped_with(folder: Path, **sections: dict[str, Any]) -> tuple[str, Path]:
+    """conf/pipeline.yaml with other settings in its sections, and the argument that names it."""
+    document = {name: SHIPPED.get(name, {}) | sections.get(name, {}) for name in SHIPPED | sections}
+    return write_yaml(folder / "pipeline.yaml", document)
+
+
+# --- documents and sources -----------------------------------------------------------------------
+
+
+def launches() -> Records:
+    """The sample: 30 launches with 38 cores."""
+    document: Records = json.loads(SAMPLE.read_bytes())
+    return document
+
+
+def fewer_launches(count: int, cores: int | None = None) -> Records:
+    """The sample without some of its launches with one core; with at most so many cores."""
+    document = launches()
+    single = [launch["id"] for launch in document if len(launch["cores"]) == 1]
+    dropped = single[: len(document) - count]
+    kept = [launch for launch in document if launch["id"] not in dropped]
+    assert len(kept) == count
+    for launch in kept if cores is not None else ():
+        launch["cores"] = launch["cores"][:cores]
+        cores = (cores or 0) - len(launch["cores"])
+    return kept
+
+
+def serve(sandbox: Sandbox, document: object) -> None:
+    """Makes this the document of the sandbox's source."""
+    sandbox.source.body = json.dumps(document).encode()
+
+
+def responds(status: int, body: object = b"", **headers: str) -> Answer:
+    """Answers with bytes as they are, or with anything else as JSON."""
+    text = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return lambda handler: answer(handler, status, text, **headers)
+
+
+# --- runs ----------------------------------------------------------------------------------------
+
+
+def loaded(sandbox: Sandbox, *arguments: str | Path, **options: Any) -> Done:
+    """Runs the program, which must load."""
+    done = sandbox.run(*arguments, **options)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    return done
+
+
+def run_id(done: Done) -> str:
+    """The id of a run, from its log in text or in JSON."""
+    found = re.search(RUN_ID, done.stderr)
+    assert found, done.stderr
+    return found[0]
+
+
+def log_entries(done: Done, level: str = "") -> list[dict[str, Any]]:
+    """What the JSON log has, of a level or of all."""
+    logged = [json.loads(line) for line in done.stderr.splitlines()]
+    return [entry for entry in logged if level in ("", entry["level"])]
+
+
+def count(sandbox: Sandbox, table: str) -> int:
+    """The number of rows in a table."""
+    (row,) = sandbox.query(f"SELECT count(*) AS rows FROM {table}")
+    return int(row["rows"])
+
+
+def assert_failed(done: Done, *parts: str, status: int = 1) -> None:
+    """The run ended with one error, the last line of the output, which says all of this."""
+    assert done.returncode == status, done.stderr
+    *before, error = re.split(r"^(?=\d{4}-)", done.stderr, flags=re.MULTILINE)
+    assert re.match(r"\S+Z ERROR ", error), done.stderr
+    assert not [line for line in before if " ERROR " in line]
+    assert "Traceback" not in done.stderr
+    assert [part for part in parts if part not in error] == [], error
+    if status == 1:
+        assert error.count("\n") == 1, "not one line"
+
+
+# --- tables and documents ------------------------------------------------------------------------
+
+
+def column_name(path: str) -> str:
+    return path.replace(".", "_")
+
+
+def dig(value: Any, path: str) -> Any:
+    for name in path.split("."):
+        value = None if value is None else value.get(name)
+    return value
+
+
+def in_table(type_: str, value: Any) -> Any:
+    """What a table must hold for a value of the JSON."""
+    match type_.partition("(")[0].removesuffix(" not null"):
+        case _ if value is None:
+            return None
+        case "timestamptz" | "timestamp":
+            return datetime.fromisoformat(value)
+        case "date":
+            return date.fromisoformat(value)
+        case "decimal":
+            return Decimal(str(value))
+        case "super":
+            return canonical(value)
+        case _:
+            return value
+
+
+def canonical(value: Any) -> str:
+    """JSON as one text, in which true, 1 and "1" differ and the order of keys does not."""
+    return json.dumps(value, sort_keys=True)
+
+
+def assert_table(sandbox: Sandbox, name: str, table: dict[str, Any], document: Records) -> None:
+    """Every value of every column is what the document has at the column's path."""
+    expected = []
+    for record in document:
+        rows: list[Any] = [record]
+        if "rows" in table:
+            elements = dig(record, table["rows"]) or []
+            plain = "value" in table["columns"]
+            rows = [
+                ({"value": element} if plain else element)
+                | {table["parent"]: record, "position": position}
+                for position, element in enumerate(elements, 1)
+            ]
+        expected += [
+            {column_name(p): in_table(type_, dig(row, p)) for p, type_ in table["columns"].items()}
+            for row in rows
+        ]
+    supers = [column_name(p) for p, type_ in table["columns"].items() if type_ == "super"]
+    as_text = "".join(f', "{column}"::text' for column in supers)
+    actual = [
+        {column: value for column, value in row.items() if not column.startswith("_")}
+        | {column: row[column] and canonical(json.loads(row[column])) for column in supers}
+        for row in sandbox.query(f"SELECT *{as_text} FROM {name}")
+    ]
+
+    assert different(actual, expected, table["key"]) == [], name
+
+
+def different(actual: Records, expected: Records, key: list[str]) -> list[tuple[object, ...]]:
+    """What differs: the key, and for each column that differs its name and both values."""
+    left, right = (
+        {tuple(row[name] for name in key): row for row in rows} for rows in (actual, expected)
+    )
+    assert len(left) == len(actual), "double rows"
+    assert len(right) == len(expected), "double rows in the document"
+    return [
+        (found, {n: (a[n], b[n]) for n in b if a[n] != b[n]} if a and b else "only in one")
+        for found in left | right
+        if (a := left.get(found)) != (b := right.get(found))
+    ]
+
+
+# --- the program's parts -------------------------------------------------------------------------
+
+
+def import_packages() -> None:
+    """The large packages, which main.py imports after the configuration is read."""
+    main.import_packages()
+
+
+def sizes(**changes: Any) -> contextlib.AbstractContextManager[Any]:
+    """The program with other sizes of its batches: READ_CHARACTERS, BATCH_RECORDS and so on."""
+    return mock.patch.multiple(main, **changes) if changes else contextlib.nullcontext()
+
+
+READ_CHARACTERS, CSV_ROWS = main.READ_CHARACTERS, main.CSV_ROWS
+CHUNK_RECORDS = main.CHUNK_BATCHES * main.BATCH_RECORDS
+
+
+def without_pauses() -> mock._patch[Any]:
+    """The program without its pauses; entering it gives the mock that is called instead."""
+    return mock.patch.object(main.time, "sleep")
+
+
+def without_log() -> mock._patch[Any]:
+    """The program without its log."""
+    return mock.patch.object(main.log, "disabled", True)
+
+
+def batches_of(path: Path) -> Iterator[Records]:
+    """The records of a file in batches, as the program reads them."""
+    return main.read_batches(path)
+
+
+def read_records(path: Path) -> Iterator[Record]:
+    """The records of a file one by one."""
+    for batch in batches_of(path):
         assert 0 < len(batch) <= main.BATCH_RECORDS
         yield from batch
+
+
+def fetch_records(config: Config, folder: Path) -> Records:
+    """What the program reads from the source of a configuration."""
+    return list(itertools.chain(*main.read_batches(main.extract(config, folder, {}))))
+
+
+def csv_of(records: Iterable[Record], table: Table, null: str = NULL) -> str:
+    """The CSV of a table that the program makes of records, which it gets in two batches."""
+    records, served = list(records), main.Fields(set)
+    columns: main.Columns = {column.name: [] for column in table.columns}
+    for batch in (records[:2], records[2:]):
+        main.flatten(batch, table, columns, served)
+    return main.csv_rows(main.transform(columns, table), null).decode()
+
+
+def rows_of(records: Iterable[Record], table: Table, null: str = "NULL") -> list[list[str]]:
+    """The rows as the CSV files have them."""
+    return list(csv.reader(io.StringIO(csv_of(records, table, null), newline=""), strict=True))
+
+
+def warn_of_drift(records: Iterable[Record], tables: tuple[Table, ...]) -> None:
+    """Logs how the fields of records, transformed one by one, differ from the tables' columns."""
+    served = main.Fields(set)
+    for record in records:
+        for table in tables:
+            main.flatten([record], table, {column.name: [] for column in table.columns}, served)
+    main.warn_of_drift(tables, served)
+
+
+def parts_of(body: bytes, config: Config) -> Iterator[tuple[Table, list[str], int, str]]:
+    """For each table its CSV files, the number of rows, and the text that stands for NULL."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "source"
+        source.write_bytes(body)
+        run, rows = main.Run(config, Path(folder)), dict[str, int]()
+        for parts in main.transform_to_parts(run, source, None, rows):
+            texts = [gzip.decompress(file.read_bytes()).decode() for file in parts.parts]
+            yield parts.table, texts, rows[parts.table.name], run.null
+
+
+def run_pipeline(config: Config, **changes: Any) -> int:
+    """A run in this process, of a configuration with other settings; gives its exit status."""
+    return main.run_pipeline(replace(config, **changes), allow_shrink=True)
+
+
+def shorten(value: Any) -> str:
+    """A value as messages show it."""
+    return main.shorten(value)
+
+
+# --- SQL -----------------------------------------------------------------------------------------
+
+quoted, literal = main.quoted, main.literal
+create_sql, doubles_sql = main.create_sql, main.doubles_sql
+
+
+def run_of(config: Config) -> main.Run:
+    """A run that began on 29 February 2024, and has the id 20240229T235958.000007Z-0a1b2c3d."""
+    started = datetime(2024, 2, 29, 23, 59, 58, 7, UTC)
+    return main.Run(config, Path("/nowhere"), started=started, token="0a1b2c3d")
+
+
+def copy_sql(config: Config, table: Table) -> tuple[str, str]:
+    """The statements that make a temporary table and fill it."""
+    return main.copy_sql(run_of(config), table, "eu-west-1")
+
+
+def swap_sql(config: Config, table: Table) -> tuple[str, str]:
+    """The statements that replace a table's rows."""
+    return main.swap_sql(run_of(config), table)

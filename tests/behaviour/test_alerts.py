@@ -12,7 +12,6 @@ import json
 import re
 import signal
 import socket
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +24,17 @@ from typing import Any
 import pytest
 import yaml
 
-from helpers import SHIPPED
+from helpers import (
+    CORES,
+    JSON,
+    LAUNCHES,
+    SHIPPED,
+    Done,
+    loaded,
+    log_entries,
+    responds,
+    run_id,
+)
 from sandbox import (
     BUG,
     PING,
@@ -33,19 +42,16 @@ from sandbox import (
     SECRET,
     SLACK_SECRET,
     WEBHOOK,
+    Process,
     Sandbox,
     Source,
     answer,
     sitecustomize,
 )
 
-Answer = Callable[[BaseHTTPRequestHandler], None]
 Configure = Callable[..., tuple[str, Path]]
-Done = subprocess.CompletedProcess[str]
 
-LAUNCHES, CORES = "public.launches", "public.launch_cores"
 HOST = socket.gethostname()
-JSON = ("--log-format", "json")
 REFUSES = "http://127.0.0.1:9"  # a port that nobody listens on
 LIMIT = 10  # seconds that sending may take, whatever the channels do
 
@@ -66,29 +72,9 @@ def configure(sandbox: Sandbox, tmp_path: Path) -> Configure:
     return write
 
 
-def entries(done: Done, level: str) -> list[dict[str, Any]]:
-    """What the JSON log has of a level."""
-    logged = [json.loads(line) for line in done.stderr.splitlines()]
-    return [entry for entry in logged if entry["level"] == level]
-
-
 def log_of(done: Done, level: str) -> list[str]:
     """The messages of a level, as they are in the text log."""
-    return [f"{entry['step']}: {entry['message']}" for entry in entries(done, level)]
-
-
-def run_id(done: Done) -> str:
-    return str(entries(done, "INFO")[0]["run_id"])
-
-
-def loaded(sandbox: Sandbox, *arguments: str | Path) -> Done:
-    done = sandbox.run(*JSON, *arguments)
-    assert done.returncode == 0, done.stderr
-    return done
-
-
-def responds(status: int, body: bytes = b"") -> Answer:
-    return lambda handler: answer(handler, status, body)
+    return [f"{entry['step']}: {entry['message']}" for entry in log_entries(done, level)]
 
 
 def check_message(sandbox: Sandbox, first: str, heartbeat: bool = False) -> list[str]:
@@ -97,7 +83,7 @@ def check_message(sandbox: Sandbox, first: str, heartbeat: bool = False) -> list
     assert got.pop("heartbeat", []) == [f"/{PING}"] * heartbeat
     assert sorted(got) == ["slack", "sns"]
     (mail,), (chat,) = got["sns"], got["slack"]
-    message = mail["Message"]
+    message: str = mail["Message"]
     assert message.startswith(first + "\n")
     # SNS refuses any other subject.
     assert len(mail["Subject"]) <= 100
@@ -164,7 +150,7 @@ def test_failed_runs_leave_the_tables_as_they_were(
     sandbox: Sandbox, configure: Configure, tmp_path: Path
 ) -> None:
     """What happened, how far the run came, and which run is in the tables now."""
-    last = run_id(loaded(sandbox))
+    last = run_id(loaded(sandbox, *JSON))
     unchanged = {
         LAUNCHES: f"30 rows, unchanged since run {last}",
         CORES: f"38 rows, unchanged since run {last}",
@@ -187,18 +173,13 @@ def test_failed_runs_leave_the_tables_as_they_were(
     check_failure(sandbox, done, ".*a bug", unchanged, rows)
 
 
-def started(sandbox: Sandbox, *arguments: str | Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        sandbox.command(*JSON, *arguments),
-        env=sandbox.child_environment(),
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def started(sandbox: Sandbox, *arguments: str | Path) -> Process:
+    return sandbox.start(*JSON, *arguments, plainly=True)
 
 
-def ended(process: subprocess.Popen[str]) -> Done:
+def ended(process: Process) -> Done:
     _, stderr = process.communicate(timeout=30)
-    return Done(process.args, process.returncode, "", stderr)
+    return Done(process.args, process.wait(), "", stderr)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=str)
@@ -222,7 +203,7 @@ def test_a_stopped_run(sandbox: Sandbox, configure: Configure, number: signal.Si
 
 def test_a_signal_while_a_success_is_told(sandbox: Sandbox, configure: Configure) -> None:
     """The rows are in the tables, so the run has not failed."""
-    process: subprocess.Popen[str]
+    process: Process
 
     def stop(handler: BaseHTTPRequestHandler) -> None:
         process.send_signal(signal.SIGTERM)
@@ -232,7 +213,7 @@ def test_a_signal_while_a_success_is_told(sandbox: Sandbox, configure: Configure
     sandbox.slack.answers = [stop]
     process = started(sandbox, *configure(sandbox.alerts("success")))
     done = ended(process)
-    assert (done.returncode, entries(done, "ERROR")) == (0, [])
+    assert (done.returncode, log_entries(done, "ERROR")) == (0, [])
     assert sorted(sandbox.received()) == ["heartbeat", "slack", "sns"]
 
 
@@ -295,7 +276,7 @@ def test_successful_runs(sandbox: Sandbox, configure: Configure) -> None:
         answer(handler, 200)
 
     sandbox.heartbeat.answers = [alive]
-    done = loaded(sandbox, *config)
+    done = loaded(sandbox, *JSON, *config)
     check_success(sandbox, done, f"{LAUNCHES} 30 rows (+30), {CORES} 38 rows (+38)")
     assert rows_at_heartbeat == [30]
 
@@ -310,12 +291,12 @@ def test_successful_runs(sandbox: Sandbox, configure: Configure) -> None:
     sandbox.source.answers = [lambda handler: answer(handler, 503, Retry_After="0")]
     with sandbox.connect() as connection:
         connection.execute(f"ALTER TABLE {LAUNCHES} DROP COLUMN details".encode())
-    done = loaded(sandbox, *config)
+    done = loaded(sandbox, *JSON, *config)
     tables = f"{LAUNCHES} 28 rows (-2), {CORES} {38 - lost} rows (-{lost})"
     check_success(sandbox, done, tables, "503", odd, "auto_update", 'ADD COLUMN "details"')
 
     # By default only the heartbeat is told.
-    loaded(sandbox, *configure())
+    loaded(sandbox, *JSON, *configure())
     assert sandbox.received() == {"heartbeat": [f"/{PING}"]}
 
     # Who wants to hear of success only hears nothing of a failure.
@@ -330,7 +311,7 @@ def check_success(sandbox: Sandbox, done: Done, tables: str, *warnings: str) -> 
     run, took, *lines = check_message(sandbox, first, heartbeat=True)
     assert run == f"run: {run_id(done)}"
     assert re.fullmatch(r"took: \d+\.\d s", took)
-    logged = [entry["message"] for entry in entries(done, "WARNING")]
+    logged = [entry["message"] for entry in log_entries(done, "WARNING")]
     assert lines == logged
     assert [some for some in warnings if not [text for text in logged if some in text]] == []
 
@@ -339,7 +320,7 @@ def test_a_huge_success(sandbox: Sandbox, configure: Configure) -> None:
     """The source has a field with an endless name: SNS refuses more than 256 KiB."""
     launches = json.loads(SAMPLE.read_bytes())
     sandbox.source.body = json.dumps([launch | {"&" * 300_000: 1} for launch in launches]).encode()
-    done = loaded(sandbox, *configure(sandbox.alerts("success")))
+    done = loaded(sandbox, *JSON, *configure(sandbox.alerts("success")))
     tables = f"{LAUNCHES} 30 rows (+30), {CORES} 38 rows (+38)"
     check_message(sandbox, f"pipeline succeeded on {HOST}: {tables}", heartbeat=True)
     assert warned(done) == set()
@@ -491,7 +472,7 @@ def silent() -> Iterator[Source]:
     """A server that accepts and never answers."""
     over = threading.Event()
     with Source(f"/services/{WEBHOOK}", b"") as server:
-        server.answers = [lambda _: over.wait() and None] * 99
+        server.answers = [lambda _: (over.wait() and None) or None] * 99
         yield server
         over.set()
 
@@ -539,7 +520,7 @@ def test_everything_hangs(
         done = sandbox.run(*JSON, *config, *arguments, **environment, **endpoints)
         (end, *_) = [
             datetime.fromisoformat(entry["timestamp"])
-            for entry in (*entries(done, "ERROR"), *reversed(entries(done, "INFO")))
+            for entry in (*log_entries(done, "ERROR"), *reversed(log_entries(done, "INFO")))
         ]
         return done, (datetime.now(UTC) - end).total_seconds()
 

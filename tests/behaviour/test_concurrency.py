@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import re
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,22 +15,14 @@ import psycopg
 import pytest
 import yaml
 
-from helpers import SHIPPED
+from helpers import AUDIT, CORES, LAUNCHES, LOAD_TRIES, SHIPPED, Done, loaded, run_id
+from helpers import fewer_launches as launches
 from sandbox import SAMPLE, Sandbox
-from sequra_challenge import main
 
-LAUNCHES, CORES, AUDIT = "public.launches", "public.launch_cores", "public.etl_runs"
 DOCUMENT: list[dict[str, Any]] = json.loads(SAMPLE.read_bytes())  # 30 launches, 38 cores
 
 Connect = Callable[[], psycopg.Connection[tuple[Any, ...]]]
 Configure = Callable[..., Path]
-
-
-def launches(count: int) -> list[dict[str, Any]]:
-    """The sample without some of its launches with one core."""
-    single = [launch["id"] for launch in DOCUMENT if len(launch["cores"]) == 1]
-    dropped = single[: len(DOCUMENT) - count]
-    return [launch for launch in DOCUMENT if launch["id"] not in dropped]
 
 
 def cores(count: int) -> int:
@@ -74,38 +65,15 @@ def connect(sandbox: Sandbox) -> Iterator[Connect]:
         time.sleep(0.02)
 
 
-def loaded(sandbox: Sandbox, *arguments: str | Path) -> str:
-    """Runs the program, which must succeed; returns its log."""
-    done = sandbox.run(*arguments)
-    assert done.returncode == 0, done.stderr
-    return done.stderr
-
-
-def at_once(sandbox: Sandbox, arguments: list[list[str | Path]]) -> list[tuple[int, str]]:
-    """Runs a loader for each list of arguments, all at once; returns their statuses and logs."""
-    loaders = [
-        subprocess.Popen(
-            sandbox.command(*each),
-            env=sandbox.child_environment(),
-            stderr=subprocess.PIPE,
-            text=True,
-            encoding="utf-8",
-        )
-        for each in arguments
-    ]
+def at_once(sandbox: Sandbox, arguments: list[list[str | Path]]) -> list[Done]:
+    """Runs a loader for each list of arguments, all at once; returns their ends."""
+    loaders = [sandbox.start(*each) for each in arguments]
     try:
         logs = [loader.communicate(timeout=120)[1] for loader in loaders]
     finally:
         for loader in loaders:
             loader.kill()
-            loader.wait()
-    return [(loader.returncode, log) for loader, log in zip(loaders, logs, strict=True)]
-
-
-def run_id(log: str) -> str:
-    found = re.search(r" run: (\S+) from ", log)
-    assert found, log
-    return found[1]
+    return [Done(each.args, each.wait(), "", log) for each, log in zip(loaders, logs, strict=True)]
 
 
 def documents(folder: Path, counts: list[int]) -> list[list[str | Path]]:
@@ -201,9 +169,9 @@ def test_reader_sees_whole_states_only(
     try:
         for number in range(20):
             sandbox.source.body = json.dumps(launches(28 if number % 2 == 0 else 30)).encode()
-            log = loaded(sandbox)
-            runs.append(run_id(log))
-            assert "trying again" not in log  # the reader is in nobody's way
+            done = loaded(sandbox)
+            runs.append(run_id(done))
+            assert "trying again" not in done.stderr  # the reader is in nobody's way
     finally:
         reader.stop()
     record_property("polls", len(reader.polls))
@@ -332,8 +300,8 @@ def test_open_transaction_on_the_audit_table(
 # --- loaders -------------------------------------------------------------------------------------
 
 
-def check_all_ended_well(ends: list[tuple[int, str]]) -> None:
-    assert [status for status, _ in ends] == [0] * len(ends), "\n".join(log for _, log in ends)
+def check_all_ended_well(ends: list[Done]) -> None:
+    assert {done.returncode for done in ends} == {0}, "\n".join(done.stderr for done in ends)
 
 
 def test_eight_loaders_at_once(sandbox: Sandbox, tmp_path: Path) -> None:
@@ -343,7 +311,7 @@ def test_eight_loaders_at_once(sandbox: Sandbox, tmp_path: Path) -> None:
         start = len(sandbox.redshift.statements)
         ends = at_once(sandbox, documents(tmp_path, counts))
         check_all_ended_well(ends)
-        runs = {run_id(log): count for (_, log), count in zip(ends, counts, strict=True)}
+        runs = {run_id(done): count for done, count in zip(ends, counts, strict=True)}
         assert len(runs) == 8
         assert sandbox.query(f"SELECT count(*) AS rows FROM {AUDIT}") == [
             {"rows": 2 + number * 8 * 2}
@@ -358,7 +326,7 @@ def test_first_load_by_eight_at_once(sandbox: Sandbox, tmp_path: Path) -> None:
     counts = [30, 29, 28, 27, 30, 29, 28, 27]
     ends = at_once(sandbox, documents(tmp_path, counts))
     check_all_ended_well(ends)
-    runs = {run_id(log): count for (_, log), count in zip(ends, counts, strict=True)}
+    runs = {run_id(done): count for done, count in zip(ends, counts, strict=True)}
     check_history(sandbox, runs)
     assert sandbox.query(f"SELECT count(*) AS rows FROM {AUDIT}") == [{"rows": 8 * 2}]
 
@@ -372,9 +340,7 @@ def test_new_column_by_four_loaders_at_once(sandbox: Sandbox, tmp_path: Path) ->
     counts = [30, 29, 28, 27]
     ends = at_once(sandbox, documents(tmp_path, counts))
     check_all_ended_well(ends)
-    check_history(
-        sandbox, {run_id(log): count for (_, log), count in zip(ends, counts, strict=True)}
-    )
+    check_history(sandbox, {run_id(done): count for done, count in zip(ends, counts, strict=True)})
     expected = {launch["id"]: (launch["details"], launch["rocket"]) for launch in DOCUMENT}
     rows = sandbox.query(f"SELECT id, details, rocket FROM {LAUNCHES}")
     assert all(expected[row["id"]] == (row["details"], row["rocket"]) for row in rows)
@@ -392,7 +358,7 @@ def test_upserts_at_once(sandbox: Sandbox, tmp_path: Path, configure: Configure)
         arguments.append(["--config", config, "--source", source])
     ends = at_once(sandbox, arguments)
     check_all_ended_well(ends)
-    writers = {run_id(log): document for (_, log), document in zip(ends, slices, strict=True)}
+    writers = {run_id(done): document for done, document in zip(ends, slices, strict=True)}
     rows = sandbox.query(f"SELECT id, _run_id FROM {LAUNCHES}")
     assert sorted(row["id"] for row in rows) == sorted(launch["id"] for launch in DOCUMENT)
     last_of = {
@@ -416,14 +382,17 @@ def test_loaders_without_an_audit_table(
     arguments = [[*each, "--config", config] for each in documents(tmp_path, counts)]
     ends = at_once(sandbox, arguments)
     well = {
-        run_id(log): count for (status, log), count in zip(ends, counts, strict=True) if status == 0
+        run_id(done): count
+        for done, count in zip(ends, counts, strict=True)
+        if done.returncode == 0
     }
     assert well
-    for status, log in ends:
+    for done in ends:
+        log = done.stderr
         assert "Traceback" not in log
-        if status:
-            assert status == 1
-            assert log.count("trying again") == main.LOAD_TRIES - 1
+        if done.returncode:
+            assert done.returncode == 1
+            assert log.count("trying again") == LOAD_TRIES - 1
             assert re.search(r" ERROR +load: .*1023.* Serializable isolation violation", log), log
     count, run = check_complete(sandbox)
     assert well[run] == count

@@ -21,7 +21,6 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -32,21 +31,28 @@ from urllib.parse import urlsplit
 
 import psycopg
 import pytest
-import yaml
 
-from helpers import SHIPPED
+from helpers import AUDIT, CORES, LAUNCHES, Answer, Records, responds, shipped_with
+from helpers import LOAD_TRIES as TRIES
 from redshift import DropConnection
-from sandbox import BUCKET, DATABASE, PASSWORD, SAMPLE, SECRET, USER, LocalServer, Sandbox, answer
+from sandbox import (
+    BUCKET,
+    DATABASE,
+    PASSWORD,
+    SAMPLE,
+    SECRET,
+    USER,
+    LocalServer,
+    Process,
+    Sandbox,
+    answer,
+)
 
-LAUNCHES, CORES, AUDIT = "public.launches", "public.launch_cores", "public.etl_runs"
 ROWS = {LAUNCHES: 30, CORES: 38}  # of the sample
 LOG_LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ (INFO|WARNING|ERROR)\s+(\S.*)")
 KILLED = -signal.SIGKILL
-TRIES = 4  # LOAD_TRIES of the program
 
-Row = dict[str, Any]
-Tables = dict[str, list[Row]]
-Answer = Callable[[BaseHTTPRequestHandler], None]
+Tables = dict[str, Records]
 
 
 # --- the world, and what must hold in it ---------------------------------------------------------
@@ -127,11 +133,7 @@ class World:
 
     def config(self, section: str = "redshift", **settings: Any) -> tuple[str, Path]:
         """The argument for the shipped configuration with other settings."""
-        document = deepcopy(SHIPPED)
-        document[section] |= settings
-        path = self.folder / "pipeline.yaml"
-        path.write_text(yaml.safe_dump(document, sort_keys=False))
-        return "--config", path
+        return shipped_with(self.folder, **{section: settings})
 
     def secret(self, **changes: Any) -> None:
         """Changes the secret; None removes a value."""
@@ -139,26 +141,17 @@ class World:
         text = json.dumps({name: value for name, value in values.items() if value is not None})
         self.sandbox.secrets.put_secret_value(SecretId=SECRET, SecretString=text)
 
-    def start(
-        self, *arguments: str | Path, wrapper: tuple[str, ...] = (), **environment: str | None
-    ) -> subprocess.Popen[str]:
+    def start(self, *arguments: str | Path, **options: Any) -> Process:
         """Starts a run, and remembers what the tables held before it."""
         self.before, self.begun = self.tables(), time.monotonic()
-        return subprocess.Popen(
-            [*wrapper, *self.sandbox.command(*arguments)],
-            env=self.sandbox.child_environment(**{"TMPDIR": str(self.temporary)} | environment),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            encoding="utf-8",
-        )
+        return self.sandbox.start(*arguments, **{"TMPDIR": str(self.temporary)} | options)
 
-    def finish(self, process: subprocess.Popen[str], timeout: float = 60) -> Done:
+    def finish(self, process: Process, timeout: float = 60) -> Done:
         try:
             stdout, stderr = process.communicate(timeout=timeout)
         finally:
             process.kill()
-        return Done(process.returncode, stdout, stderr, time.monotonic() - self.begun)
+        return Done(process.wait(), stdout, stderr, time.monotonic() - self.begun)
 
     def run(self, *arguments: str | Path, **options: Any) -> Done:
         return self.finish(self.start(*arguments, **options))
@@ -286,10 +279,6 @@ def world(empty_world: World) -> World:
 # --- the source ----------------------------------------------------------------------------------
 
 
-def failing(status: int, **headers: str) -> Answer:
-    return lambda handler: answer(handler, status, b"", **headers)
-
-
 def cut_off(connection: socket.socket) -> None:
     """Resets a TCP connection."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -372,7 +361,7 @@ def test_source_breaks_off_once(world: World, fault: Answer) -> None:
 
 
 def test_source_fails_twice(world: World) -> None:
-    world.sandbox.source.answers = [failing(503), failing(502)]
+    world.sandbox.source.answers = [responds(503), responds(502)]
     done = world.run()
     world.check(done, "new")
     assert [text.partition(",")[0] for text in done.warnings] == [
@@ -385,8 +374,8 @@ def test_source_fails_twice(world: World) -> None:
 
 def test_source_fails_for_good(world: World) -> None:
     soon = {"Retry_After": "1"}
-    faults = [failing(status, **soon) for status in (429, 500, 502, 503, 504, 500, 503)]
-    world.sandbox.source.answers = [*faults, failing(500)]
+    faults = [responds(status, **soon) for status in (429, 500, 502, 503, 504, 500, 503)]
+    world.sandbox.source.answers = [*faults, responds(500)]
     url = world.sandbox.source.url
     secret_url = url.replace("://", "://user:p4ss@") + "?token=t0ken"
     done = world.run("--source", secret_url)
@@ -394,7 +383,7 @@ def test_source_fails_for_good(world: World) -> None:
     assert len(world.sandbox.source.requests) == 7  # 429 is no failure
     assert "p4ss" not in done.stderr
     assert "t0ken" not in done.stderr
-    world.sandbox.source.answers, world.sandbox.source.requests = [failing(404)], []
+    world.sandbox.source.answers, world.sandbox.source.requests = [responds(404)], []
     world.check(world.run(), "old", 1, "HTTP 404 Not Found, attempt 1$")
     assert len(world.sandbox.source.requests) == 1
     world.works()
@@ -407,8 +396,8 @@ def test_source_asks_to_wait(world: World) -> None:
 
     past = format_datetime(datetime(2006, 3, 24, tzinfo=UTC), usegmt=True)
     world.sandbox.source.answers = [
-        failing(503, Retry_After=past),  # as if it had not asked
-        failing(429, Retry_After="1"),
+        responds(503, Retry_After=past),  # as if it had not asked
+        responds(429, Retry_After="1"),
         until,
     ]
     done = world.run()
@@ -436,7 +425,7 @@ def test_source_has_a_malformed_host(world: World, host: str) -> None:
     ],
 )
 def test_source_asks_for_nonsense(world: World, malformed: str) -> None:
-    world.sandbox.source.answers = [failing(503, Retry_After=malformed)]
+    world.sandbox.source.answers = [responds(503, Retry_After=malformed)]
     done = world.run()
     world.check(done, "new")
     assert 1 <= done.waits[0] <= 2
@@ -987,7 +976,7 @@ def check_stopped(world: World, done: Done, number: int) -> None:
 )
 def test_signal_at_any_moment(world: World, number: int, delays: list[float]) -> None:
     for delay in delays:
-        process = world.start()
+        process = world.start(plainly=True)
         time.sleep(delay * world.measured.seconds)
         process.send_signal(number)
         signalled = time.monotonic()
@@ -1001,7 +990,7 @@ def signalled_at(world: World, point: tuple[str, int], number: int) -> Done:
     """A run that gets a signal at a point; the statement's answer is held back until it ended."""
     ready = threading.Event()
     ended: list[bool] = []
-    process: subprocess.Popen[str]
+    process: Process
 
     def kill() -> None:
         ready.wait()
@@ -1012,7 +1001,7 @@ def signalled_at(world: World, point: tuple[str, int], number: int) -> Done:
         ended.append(process.poll() is not None)
 
     interruptions = Interruptions(world, [point], kill)
-    process = world.start()
+    process = world.start(plainly=True)
     ready.set()
     done = world.finish(process)
     world.sandbox.redshift.hook = None
@@ -1080,7 +1069,7 @@ def test_signal_while_the_program_waits(world: World, number: int, wait: str) ->
             port = stack.enter_context(Forwarder(world.sandbox.redshift.port, *[0] * 9).open())
             port.accepted = waiting
             world.secret(PORT=port.port)
-        process = world.start(AWS_ENDPOINT_URL=endpoint)
+        process = world.start(plainly=True, AWS_ENDPOINT_URL=endpoint)
         if wait == "lock":
             world.sandbox.redshift.hook = see_lock
             other = stack.enter_context(world.sandbox.redshift.connect())
@@ -1178,7 +1167,7 @@ def test_temporary_folder_does_not_exist(world: World) -> None:
 
 
 def test_nobody_reads_the_log(world: World) -> None:
-    process = world.start()
+    process = world.start(plainly=True)
     assert process.stderr
     process.stderr.close()
     process.stderr = None

@@ -9,7 +9,6 @@ import json
 import re
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,22 @@ import boto3
 import pytest
 import yaml
 
-from helpers import SHIPPED
+import helpers
+from helpers import (
+    AUDIT,
+    CORES,
+    LAUNCHES,
+    LOAD_TRIES,
+    SHIPPED,
+    count,
+    load_config,
+    run_pipeline,
+    serve,
+)
+from helpers import fewer_launches as launches
 from redshift import DropConnection
-from sandbox import BUCKET, SAMPLE, Sandbox
-from sequra_challenge import main
+from sandbox import BUCKET, PIPELINE, SAMPLE, Sandbox
 
-LAUNCHES, CORES, AUDIT = "public.launches", "public.launch_cores", "public.etl_runs"
 DOCUMENT: list[dict[str, Any]] = json.loads(SAMPLE.read_bytes())  # 30 launches, 38 cores
 META = {"_run_id", "_loaded_at"}
 
@@ -48,18 +57,6 @@ def configure(tmp_path: Path) -> Configure:
     return write
 
 
-def launches(count: int, cores: int | None = None) -> list[dict[str, Any]]:
-    """The sample without some of its launches with one core; with at most so many cores."""
-    single = [launch for launch in DOCUMENT if len(launch["cores"]) == 1]
-    dropped = {launch["id"] for launch in single[: len(DOCUMENT) - count]}
-    kept = copy.deepcopy([launch for launch in DOCUMENT if launch["id"] not in dropped])
-    assert len(kept) == count
-    for launch in kept if cores is not None else ():
-        launch["cores"] = launch["cores"][:cores]
-        cores = (cores or 0) - len(launch["cores"])
-    return kept
-
-
 def launches_without(field: str, core_field: str) -> list[dict[str, Any]]:
     """The sample with null in a field of each launch and in one of each core."""
     document = launches(30)
@@ -70,15 +67,9 @@ def launches_without(field: str, core_field: str) -> list[dict[str, Any]]:
     return document
 
 
-def serve(sandbox: Sandbox, document: list[dict[str, Any]]) -> None:
-    sandbox.source.body = json.dumps(document).encode()
-
-
 def loaded(sandbox: Sandbox, *arguments: str | Path) -> str:
     """Runs the program, which must succeed; returns its log."""
-    done = sandbox.run(*arguments)
-    assert done.returncode == 0, done.stderr
-    return done.stderr
+    return helpers.loaded(sandbox, *arguments).stderr
 
 
 def refused(sandbox: Sandbox, *arguments: str | Path) -> str:
@@ -105,11 +96,6 @@ def state(sandbox: Sandbox) -> dict[str, tuple[list[Any], list[str]]]:
         FROM information_schema.columns WHERE table_schema = 'public' GROUP BY 1 ORDER BY 1""")
     rows = {it["name"]: sandbox.query(f"SELECT t::text AS r FROM {it['name']} t") for it in named}
     return {it["name"]: (it["columns"], sorted(r["r"] for r in rows[it["name"]])) for it in named}
-
-
-def count(sandbox: Sandbox, table: str) -> int:
-    (row,) = sandbox.query(f"SELECT count(*) AS rows FROM {table}")
-    return int(row["rows"])
 
 
 def data(sandbox: Sandbox, table: str) -> list[dict[str, Any]]:
@@ -535,10 +521,10 @@ def test_loaded_after_it_was_started(sandbox: Sandbox, monkeypatch: pytest.Monke
     for name, value in sandbox.environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)
-    config = replace(main.load_config(main.DEFAULT_CONFIG), url=sandbox.source.url)
+    config = load_config(PIPELINE)
     for _ in range(8):
         time.sleep(1.005 - time.time() % 1)
-        assert main.run_pipeline(config) == 0
+        assert run_pipeline(config, url=sandbox.source.url) == 0
     assert sandbox.query(f"SELECT * FROM {AUDIT} WHERE started_at > _loaded_at") == []
 
 
@@ -555,7 +541,7 @@ def test_failed_run_leaves_no_row(sandbox: Sandbox, beginning: str) -> None:
 
     sandbox.redshift.hook = cut
     log = refused(sandbox)
-    assert len(cuts) == main.LOAD_TRIES
+    assert len(cuts) == LOAD_TRIES
     assert re.search(rf"load: {beginning}.*…: \S+", error(log))
     assert count(sandbox, AUDIT) == 2
 

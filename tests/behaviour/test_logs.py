@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import re
-import subprocess
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -14,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
-from helpers import SHIPPED
+from helpers import AUDIT, CORES, JSON, LAUNCHES, Answer, Done, Record, log_entries, shipped_with
 from sandbox import (
     BUG,
     PASSWORD,
@@ -28,28 +26,14 @@ from sandbox import (
     sitecustomize,
 )
 
-Answer = Callable[[BaseHTTPRequestHandler], None]
-Done = subprocess.CompletedProcess[str]
-Entry = dict[str, Any]
-
-LAUNCHES, CORES, AUDIT = "public.launches", "public.launch_cores", "public.etl_runs"
 STEPS = ("extract", "transform", "stage", "load")
 LEVELS = {"DEBUG", "INFO", "WARNING", "ERROR"}
-JSON = ("--log-format", "json")
 LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ (DEBUG|INFO|WARNING|ERROR)\s+(\S.*)")
 
 
-def write_config(folder: Path, **sections: dict[str, Any]) -> tuple[str, Path]:
-    """The argument for the shipped configuration with other settings."""
-    path = folder / "pipeline.yaml"
-    document = {name: SHIPPED.get(name, {}) | sections.get(name, {}) for name in SHIPPED | sections}
-    path.write_text(yaml.safe_dump(document, sort_keys=False))
-    return "--config", path
-
-
-def entries(done: Done) -> list[Entry]:
+def entries(done: Done) -> list[Record]:
     """The JSON log, each line of it, in the form that every line must have."""
-    found = [json.loads(line) for line in done.stderr.splitlines()]
+    found = log_entries(done)
     times = [datetime.strptime(e["timestamp"], "%Y-%m-%dT%H:%M:%S.%f%z") for e in found]
     assert times == sorted(times)
     for entry, when in zip(found, times, strict=True):
@@ -133,7 +117,7 @@ def test_choice_of_the_format(
 ) -> None:
     """Also of the message about a configuration that is wrong."""
     arguments = ["--log-format", option] if option else []
-    config = write_config(tmp_path, staging={"bucket": "B"}, source={"max_wait": "soon"})
+    config = shipped_with(tmp_path, staging={"bucket": "B"}, source={"max_wait": "soon"})
     done = sandbox.run(*arguments, *config, LOG_FORMAT=variable)
     assert done.returncode == 2
     if json_:
@@ -334,7 +318,7 @@ def test_no_secret_is_shown(sandbox: Sandbox, tmp_path: Path, kind: str) -> None
     )
     alerts = sandbox.alerts("failure", "success")
     alerts["heartbeat_url"] += f"/{CANARY}?{CANARY}"
-    config = write_config(
+    config = shipped_with(
         tmp_path,
         alerts=alerts | changes.get("alerts", {}),
         staging=changes.get("staging", {}),

@@ -17,13 +17,25 @@ from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
 import yaml
-from test_pipeline import assert_failed, assert_table
 
+from helpers import (
+    Answer,
+    ConfigError,
+    Done,
+    PipelineError,
+    Records,
+    assert_failed,
+    assert_table,
+    fetch_records,
+    load_config,
+    read_records,
+    responds,
+    without_pauses,
+)
 from redshift import make_certificate
 from sandbox import (
     BUCKET,
@@ -35,14 +47,10 @@ from sandbox import (
     SECRET,
     Sandbox,
     Source,
-    answer,
 )
-from sequra_challenge import main
 
-Answer = Callable[[BaseHTTPRequestHandler], None]
-Records = list[dict[str, Any]]
 Fetch = Callable[..., Records]
-Load = Callable[..., CompletedProcess[str]]
+Load = Callable[..., Done]
 
 THINGS: dict[str, Any] = {
     "public.things": {"key": "id", "columns": {"id": "integer not null", "name": "varchar(64)"}}
@@ -59,19 +67,11 @@ def things(*ids: int) -> Records:
     return [{"id": number, "name": f"a{number}"} for number in ids]
 
 
-def responds(status: int, document: object = "", **headers: str) -> Answer:
-    """Answers with JSON, or with bytes as they are."""
-    body = document if isinstance(document, bytes) else json.dumps(document).encode()
-    return lambda handler: answer(handler, status, body, **headers)
-
-
 def page(records: Records, following: object = None) -> Answer:
     return responds(200, {"results": records, "next": following})
 
 
-def write_config(
-    folder: Path, url: str, tables: dict[str, Any] | None = None, **source: Any
-) -> Path:
+def write_config(folder: Path, url: str, tables: Any = None, **source: Any) -> Path:
     """A configuration for an API of things; a setting of the source that is None is left out."""
     source = {"url": url, "records": "results", "next": "next"} | source
     sections = {
@@ -97,8 +97,7 @@ def fetch(source: Source, tmp_path: Path) -> Fetch:
 
     def fetch(*answers: Answer, url: str = source.url, **settings: Any) -> Records:
         source.answers = list(answers)
-        config = main.load_config(write_config(tmp_path, url, **settings))
-        return list(itertools.chain(*main.read_batches(main.extract(config, tmp_path, {}))))
+        return fetch_records(load_config(write_config(tmp_path, url, **settings)), tmp_path)
 
     return fetch
 
@@ -112,7 +111,7 @@ def load(sandbox: Sandbox, tmp_path: Path) -> Load:
         arguments: tuple[str, ...] = (),
         environment: dict[str, str] | None = None,
         **settings: Any,
-    ) -> CompletedProcess[str]:
+    ) -> Done:
         sandbox.source.answers = list(answers)
         config = write_config(tmp_path, sandbox.source.url, **settings)
         environment = {"TMPDIR": str(tmp_path)} | (environment or {})
@@ -226,17 +225,17 @@ def test_other_shapes(
 def test_a_page_that_is_wrong(
     source: Source, fetch: Fetch, answers: list[Answer], message: str
 ) -> None:
-    with pytest.raises(main.PipelineError, match=message):
+    with pytest.raises(PipelineError, match=message):
         fetch(*answers)
     assert len(source.requests) == len(answers)
 
 
 def test_a_loop_and_too_many_pages_end_the_run(source: Source, fetch: Fetch) -> None:
-    with pytest.raises(main.PipelineError, match=r"page 4, .*/v5/launches, was there before"):
+    with pytest.raises(PipelineError, match=r"page 4, .*/v5/launches, was there before"):
         fetch(page(things(1), "?b"), page(things(2), "?c"), page(things(3), "?b"))
     assert len(source.requests) == 3
     source.requests.clear()
-    with pytest.raises(main.PipelineError, match=r"page 5, .* source\.max_pages"):
+    with pytest.raises(PipelineError, match=r"page 5, .* source\.max_pages"):
         fetch(*(page(things(number), f"?{number}") for number in range(9)), max_pages=4)
     assert len(source.requests) == 4
 
@@ -257,9 +256,9 @@ def test_a_record_that_moved_between_two_pages_is_kept_once(sandbox: Sandbox, lo
         {"id": number, "name": name, "parts": [name, "x"]}
         for number, name in ((1, "same"), (2, "early"), (2, "late"), (3, "same"))
     )
-    kept = [first, late, last]
+    kept: list[dict[str, Any]] = [first, late, last]
 
-    def assert_kept(done: CompletedProcess[str]) -> None:
+    def assert_kept(done: Done) -> None:
         assert done.returncode == 0, done.stderr
         assert rows_of(sandbox) == [{n: r[n] for n in ("id", "name")} for r in kept]
         query = "SELECT thing_id, value FROM public.parts ORDER BY thing_id, position"
@@ -293,7 +292,7 @@ def test_a_double_key_within_a_page_is_an_error(sandbox: Sandbox, load: Load) ->
 )
 def test_a_next_page_elsewhere_is_refused(source: Source, fetch: Fetch, following: str) -> None:
     following = following.format(port=source.server.server_port)
-    with pytest.raises(main.PipelineError, match=re.escape(following.partition("?")[0][-12:])):
+    with pytest.raises(PipelineError, match=re.escape(following.partition("?")[0][-12:])):
         fetch(page(things(1), following), page(things(2)))
     assert len(source.requests) == 1
 
@@ -308,7 +307,7 @@ def test_no_next_page_without_tls_after_one_with_it(
     source.server.socket = context.wrap_socket(source.server.socket, server_side=True)
     address = f"localhost:{source.server.server_port}/v5/launches"
     pages = page(things(1), "?2"), page(things(2), f"http://{address}?3"), page(things(3))
-    with pytest.raises(main.PipelineError, match=f"page 3, http://{address}"):
+    with pytest.raises(PipelineError, match=f"page 3, http://{address}"):
         fetch(*pages, url=f"https://{address}")
     assert len(source.requests) == 2
 
@@ -372,21 +371,22 @@ def test_a_rate_limit_is_waited_for_until_the_time_that_the_log_says(
 
 
 @pytest.fixture
-def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+def pauses() -> Iterator[list[float]]:
     """The pauses, which are not made."""
-    pauses: list[float] = []
-    monkeypatch.setattr(main.time, "sleep", pauses.append)
-    return pauses
+    with without_pauses() as sleep:
+        pauses: list[float] = []
+        sleep.side_effect = pauses.append
+        yield pauses
 
 
 def test_more_than_max_wait_fails_at_once_and_names_both(fetch: Fetch, pauses: list[float]) -> None:
-    with pytest.raises(main.PipelineError, match=r"429.*3600.*max_wait, 900 s"):
+    with pytest.raises(PipelineError, match=r"429.*3600.*max_wait, 900 s"):
         fetch(responds(429, Retry_After="3600"), page(things(1)))
     assert pauses == []
 
 
 def test_max_wait_is_for_all_waits_of_a_request(source: Source, fetch: Fetch) -> None:
-    with pytest.raises(main.PipelineError, match=r"429.*max_wait, 3 s"):
+    with pytest.raises(PipelineError, match=r"429.*max_wait, 3 s"):
         fetch(*[responds(429, Retry_After="2")] * 3, max_wait=3)
     assert len(source.requests) == 2
 
@@ -397,7 +397,7 @@ def test_without_a_time_the_pauses_grow(fetch: Fetch, pauses: list[float]) -> No
     assert len(pauses) == 5
     assert all(0.9 < later / before < 4.1 for before, later in itertools.pairwise(pauses))
     assert pauses[-1] > 4 * pauses[0]
-    with pytest.raises(main.PipelineError, match=r"429.*max_wait"):
+    with pytest.raises(PipelineError, match=r"429.*max_wait"):
         fetch(responds(429), page(things(1)), max_wait=0)
 
 
@@ -408,11 +408,11 @@ def test_rate_limits_and_other_failures_do_not_count_as_each_other(
     assert fetch(*[limited] * 8, page(things(1))) == things(1)
     assert fetch(*[limited] * 5, *[failed] * 5, page(things(1))) == things(1)
     source.requests.clear()
-    with pytest.raises(main.PipelineError, match=r"HTTP 503.*attempt 6"):
+    with pytest.raises(PipelineError, match=r"HTTP 503.*attempt 6"):
         fetch(*[failed] * 9)
     assert len(source.requests) == 6
     source.requests.clear()
-    with pytest.raises(main.PipelineError, match="HTTP 503"):
+    with pytest.raises(PipelineError, match="HTTP 503"):
         fetch(*[limited] * 7, *[failed] * 9)
     assert len(source.requests) == 7 + 6
 
@@ -420,12 +420,7 @@ def test_rate_limits_and_other_failures_do_not_count_as_each_other(
 def test_a_signal_ends_the_wait(sandbox: Sandbox, tmp_path: Path) -> None:
     sandbox.source.answers = [responds(429, Retry_After="600")]
     config = write_config(tmp_path, sandbox.source.url)
-    process = subprocess.Popen(
-        sandbox.command("--config", config, "--dry-run"),
-        env=sandbox.child_environment(TMPDIR=str(tmp_path)),
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = sandbox.start("--config", config, "--dry-run", plainly=True, TMPDIR=str(tmp_path))
     assert process.stderr
     for line in process.stderr:
         if "429" in line:
@@ -478,7 +473,7 @@ def test_no_failure_shows_the_token(
     fetch: Fetch, fault: Answer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("LL2_TOKEN", CANARY)
-    with pytest.raises(main.PipelineError) as caught:
+    with pytest.raises(PipelineError) as caught:
         fetch(*[fault] * 6, headers=HEADERS)
     assert CANARY not in f"{caught.value}{caplog.text}"
 
@@ -488,7 +483,7 @@ def test_a_token_that_cannot_be_sent_is_not_shown_but_its_header_is(
     source: Source, fetch: Fetch, monkeypatch: pytest.MonkeyPatch, token: str
 ) -> None:
     monkeypatch.setenv("LL2_TOKEN", token)
-    with pytest.raises(main.ConfigError, match=r"source\.headers\.X-Api-Key") as caught:
+    with pytest.raises(ConfigError, match=r"source\.headers\.X-Api-Key") as caught:
         fetch(page(things(1)), headers={"X-Api-Key": "${LL2_TOKEN}"})
     assert CANARY not in str(caught.value)
     assert source.requests == []
@@ -517,8 +512,8 @@ def test_a_variable_that_is_not_set_is_named(sandbox: Sandbox, load: Load) -> No
     ],
 )
 def test_a_wrong_setting_is_named(tmp_path: Path, setting: str, value: object) -> None:
-    with pytest.raises(main.ConfigError, match=rf"source\.{setting}"):
-        main.load_config(write_config(tmp_path, "https://example.org", **{setting: value}))
+    with pytest.raises(ConfigError, match=rf"source\.{setting}"):
+        load_config(write_config(tmp_path, "https://example.org", **{setting: value}))
 
 
 # --- newline-delimited JSON ---------------------------------------------------------------------
@@ -539,7 +534,7 @@ NDJSON = {
 def test_lines_are_records(tmp_path: Path, text: str, pack: Callable[[bytes], bytes]) -> None:
     path = tmp_path / "response"
     path.write_bytes(pack(text.encode()))
-    assert list(itertools.chain(*main.read_batches(path))) == [json.loads(line) for line in LINES]
+    assert list(read_records(path)) == [json.loads(line) for line in LINES]
 
 
 @pytest.mark.parametrize(
@@ -556,8 +551,8 @@ def test_lines_are_records(tmp_path: Path, text: str, pack: Callable[[bytes], by
 def test_a_broken_line_is_named(tmp_path: Path, line: str, message: str) -> None:
     path = tmp_path / "response"
     path.write_text("\n\n".join([*LINES[:2], line, LINES[2]]))
-    with pytest.raises(main.PipelineError, match=message):
-        list(main.read_batches(path))
+    with pytest.raises(PipelineError, match=message):
+        list(read_records(path))
 
 
 def test_files_hold_the_records_themselves_and_answers_can_be_lines(

@@ -16,8 +16,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, date, datetime, timedelta
-from decimal import Decimal
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -27,7 +26,25 @@ import psycopg
 import pytest
 import yaml
 
-from helpers import SHIPPED
+from helpers import (
+    CHUNK_RECORDS,
+    CORES,
+    LAUNCHES,
+    ROLE,
+    RUN_ID,
+    SHIPPED,
+    Answer,
+    Records,
+    assert_failed,
+    assert_table,
+    column_name,
+    launches,
+    loaded,
+    quoted,
+    responds,
+    run_id,
+    serve,
+)
 from sandbox import (
     BUCKET,
     DATABASE,
@@ -40,18 +57,9 @@ from sandbox import (
     TOKEN,
     USER,
     Sandbox,
-    answer,
 )
-from sequra_challenge import main
-
-Rows = list[dict[str, Any]]
-Document = Rows
-Answer = Callable[[BaseHTTPRequestHandler], None]
 
 CONFIG = ROOT / "conf" / "pipeline.yaml"
-LAUNCHES, CORES = "public.launches", "public.launch_cores"
-ROLE = "arn:aws:iam::123456789012:role/loader"
-RUN_ID = r"\d{8}T\d{6}\.\d{6}Z-[0-9a-f]{8}"
 AWS_VARIABLES = (
     "AWS_ENDPOINT_URL",
     "AWS_ACCESS_KEY_ID",
@@ -99,15 +107,6 @@ def token(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
 # --- helpers ------------------------------------------------------------------------------------
 
 
-def launches() -> Document:
-    document: Document = json.loads(SAMPLE.read_bytes())
-    return document
-
-
-def serve(sandbox: Sandbox, document: object) -> None:
-    sandbox.source.body = json.dumps(document).encode()
-
-
 def write_config(
     folder: Path, settings: dict[str, Any] | None = None, tables: dict[str, Any] | None = None
 ) -> Path:
@@ -121,120 +120,18 @@ def write_config(
     return file
 
 
-def loaded(
-    sandbox: Sandbox, *arguments: str | Path, cwd: Path | None = None, **changes: str | None
-) -> str:
-    """Runs the program, which must load, and returns the run's id."""
-    done = sandbox.run(*arguments, cwd=cwd, **changes)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == ""
-    return run_id(done)
-
-
-def run_id(done: CompletedProcess[str]) -> str:
-    found = re.match(rf"\S+Z INFO    run: ({RUN_ID}) from ", done.stderr)
-    assert found, done.stderr
-    return found[1]
-
-
-def assert_failed(done: CompletedProcess[str], *parts: str, status: int = 1) -> None:
-    """The run ended with one error, the last line of the output, which says all of this."""
-    assert done.returncode == status, done.stderr
-    *before, error = re.split(r"^(?=\d{4}-)", done.stderr, flags=re.MULTILINE)
-    assert re.match(r"\S+Z ERROR ", error), done.stderr
-    assert not [line for line in before if " ERROR " in line]
-    assert "Traceback" not in done.stderr
-    assert [part for part in parts if part not in error] == [], error
-    if status == 1:
-        assert error.count("\n") == 1, "not one line"
-
-
 def assert_untouched(sandbox: Sandbox) -> None:
     """Nothing is staged, and Redshift was asked nothing."""
     assert sandbox.objects() == {}
     assert sandbox.redshift.statements == []
 
 
-def snapshot(sandbox: Sandbox) -> list[Rows]:
+def snapshot(sandbox: Sandbox) -> list[Records]:
     """All that is in both tables."""
     return [sandbox.query(f"SELECT * FROM {table} ORDER BY 1, 2") for table in (LAUNCHES, CORES)]
 
 
-def column_name(path: str) -> str:
-    return path.replace(".", "_")
-
-
-def dig(value: Any, path: str) -> Any:
-    for name in path.split("."):
-        value = None if value is None else value.get(name)
-    return value
-
-
-def in_table(type_: str, value: Any) -> Any:
-    """What a table must hold for a value of the JSON."""
-    match type_.partition("(")[0].removesuffix(" not null"):
-        case _ if value is None:
-            return None
-        case "timestamptz" | "timestamp":
-            return datetime.fromisoformat(value)
-        case "date":
-            return date.fromisoformat(value)
-        case "decimal":
-            return Decimal(str(value))
-        case "super":
-            return canonical(value)
-        case _:
-            return value
-
-
-def canonical(value: Any) -> str:
-    """JSON as one text, in which true, 1 and "1" differ and the order of keys does not."""
-    return json.dumps(value, sort_keys=True)
-
-
-def assert_table(sandbox: Sandbox, name: str, table: dict[str, Any], document: Document) -> None:
-    """Every value of every column is what the document has at the column's path."""
-    expected = []
-    for record in document:
-        rows: list[Any] = [record]
-        if "rows" in table:
-            elements = dig(record, table["rows"]) or []
-            plain = "value" in table["columns"]
-            rows = [
-                ({"value": element} if plain else element)
-                | {table["parent"]: record, "position": position}
-                for position, element in enumerate(elements, 1)
-            ]
-        expected += [
-            {column_name(p): in_table(type_, dig(row, p)) for p, type_ in table["columns"].items()}
-            for row in rows
-        ]
-    supers = [column_name(p) for p, type_ in table["columns"].items() if type_ == "super"]
-    as_text = "".join(f', "{column}"::text' for column in supers)
-    actual = [
-        {column: value for column, value in row.items() if not column.startswith("_")}
-        | {column: row[column] and canonical(json.loads(row[column])) for column in supers}
-        for row in sandbox.query(f"SELECT *{as_text} FROM {name}")
-    ]
-
-    assert different(actual, expected, table["key"]) == [], name
-
-
-def different(actual: Rows, expected: Rows, key: list[str]) -> list[tuple[object, ...]]:
-    """What differs: the key, and for each column that differs its name and both values."""
-    left, right = (
-        {tuple(row[name] for name in key): row for row in rows} for rows in (actual, expected)
-    )
-    assert len(left) == len(actual), "double rows"
-    assert len(right) == len(expected), "double rows in the document"
-    return [
-        (found, {n: (a[n], b[n]) for n in b if a[n] != b[n]} if a and b else "only in one")
-        for found in left | right
-        if (a := left.get(found)) != (b := right.get(found))
-    ]
-
-
-def assert_loaded(sandbox: Sandbox, document: Document, config: Path = CONFIG) -> None:
+def assert_loaded(sandbox: Sandbox, document: Records, config: Path = CONFIG) -> None:
     """The tables hold what the document has, nothing else, from one run."""
     tables = yaml.safe_load(config.read_text())["tables"]
     for name, table in tables.items():
@@ -414,8 +311,8 @@ def test_thousands_of_records_pass_through_in_batches_and_parts(
 
 
 def test_second_load_has_the_changes_and_no_duplicates(sandbox: Sandbox) -> None:
-    first = loaded(sandbox)
-    assert loaded(sandbox) > first, "ids of runs do not sort by time"
+    first = run_id(loaded(sandbox))
+    assert run_id(loaded(sandbox)) > first, "ids of runs do not sort by time"
     assert_loaded(sandbox, launches())
 
     document = launches()
@@ -440,7 +337,7 @@ def test_upsert_keeps_vanished_rows_and_renews_the_others(sandbox: Sandbox, tmp_
     tables[LAUNCHES]["mode"] = tables[CORES]["mode"] = "upsert"
     tables[CORES]["key"] = ["position", "launch_id"]  # of two columns
     config = write_config(tmp_path, tables=tables)
-    first = loaded(sandbox, "--config", config)
+    first = run_id(loaded(sandbox, "--config", config))
     assert_loaded(sandbox, launches(), config)
 
     vanished, served = launches()[:14], launches()[14:]
@@ -527,7 +424,7 @@ def test_answers_to_the_questions(sandbox: Sandbox) -> None:
 
 
 def test_staged_objects_and_their_replay(sandbox: Sandbox, tmp_path: Path) -> None:
-    run = loaded(sandbox, TMPDIR=str(tmp_path))
+    run = run_id(loaded(sandbox, TMPDIR=str(tmp_path)))
     assert list(tmp_path.iterdir()) == []
     staged = sandbox.objects()
     day = f"{run[:4]}/{run[4:6]}/{run[6:8]}"
@@ -557,7 +454,7 @@ def test_staged_objects_and_their_replay(sandbox: Sandbox, tmp_path: Path) -> No
 
     sandbox.source.requests.clear()
     serve(sandbox, [])
-    replay = loaded(sandbox, "--source", f"s3://{BUCKET}/{raw}", TMPDIR=str(tmp_path))
+    replay = run_id(loaded(sandbox, "--source", f"s3://{BUCKET}/{raw}", TMPDIR=str(tmp_path)))
     assert_loaded(sandbox, launches())
     assert sandbox.source.requests == []
     assert gzip.decompress(sandbox.objects()[raw.replace(run, replay)]) == SAMPLE.read_bytes()
@@ -619,10 +516,6 @@ def test_dry_run_needs_no_aws_and_leaves_only_its_folder(sandbox: Sandbox, tmp_p
             if isinstance(value, str) and len(value) < 30 and "T" not in value:
                 assert value in done.stdout
     assert launches()[3]["id"] not in done.stdout
-
-
-def quoted(table: str) -> str:
-    return '"' + table.replace(".", '"."') + '"'
 
 
 def test_dry_run_and_verbose_show_the_sql_that_a_load_runs(
@@ -769,10 +662,6 @@ def test_the_source_has_a_record_a_line(sandbox: Sandbox, tmp_path: Path) -> Non
     file.write_bytes(gzip.compress("\n".join(map(json.dumps, launches())).encode()))
     loaded(sandbox, "--source", file)
     assert_loaded(sandbox, launches())
-
-
-def responds(status: int, body: bytes = b"", **headers: str) -> Answer:
-    return lambda handler: answer(handler, status, body, **headers)
 
 
 def breaks_off(*pieces: bytes) -> Answer:
@@ -999,8 +888,7 @@ def test_double_keys_far_apart_are_refused_and_change_no_table(sandbox: Sandbox)
     loaded(sandbox)
     before = snapshot(sandbox)
     record = launches()[0]
-    chunk = main.CHUNK_BATCHES * main.BATCH_RECORDS
-    document = [record | {"id": f"record-{number}"} for number in range(chunk)]
+    document = [record | {"id": f"record-{number}"} for number in range(CHUNK_RECORDS)]
     serve(sandbox, [*document, document[0], document[5]])
     done = sandbox.run()
     assert_failed(done, "load: ", LAUNCHES, "more than one row", '"record-0"', '"record-5"')

@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 
-from helpers import SECTIONS, table_of
-from sequra_challenge import main
+from helpers import ROLE, SECTIONS, ConfigError, load_config, table_of
+from sandbox import PIPELINE
 
-ROLE = "arn:aws:iam::123456789012:role/loader"
 LAUNCHES = "tables.public.launches"
 CORES = "tables.public.launch_cores"
 TABLES: dict[str, Any] = {
@@ -79,15 +78,15 @@ def change(write: Write) -> Change:
 
 
 def faults(path: Path) -> list[str]:
-    with pytest.raises(main.ConfigError) as refused:
-        main.load_config(path)
+    with pytest.raises(ConfigError) as refused:
+        load_config(path)
     first, *rest = str(refused.value).splitlines()
     assert first == f"{path} has {len(rest)} fault(s):"
     return [line.strip() for line in rest]
 
 
 def test_a_valid_file_is_read(change: Change) -> None:
-    config = main.load_config(change("staging / kms_key", "alias/loads"))
+    config = load_config(change("staging / kms_key", "alias/loads"))
     assert (config.url, config.bucket, config.prefix, config.kms_key, config.secret) == (
         "https://example.org/v5/launches",
         "bucket",
@@ -252,7 +251,7 @@ def test_a_wrong_type_is_refused(change: Change, wrong: Any) -> None:
 )
 @pytest.mark.parametrize("suffix", ["", " not null"])
 def test_every_type_is_accepted(change: Change, type_: str, suffix: str) -> None:
-    config = main.load_config(change("tables / public.launches / columns / mass", type_ + suffix))
+    config = load_config(change("tables / public.launches / columns / mass", type_ + suffix))
     column = config.tables[0].columns[3]
     assert (column.type, column.not_null) == (type_, bool(suffix))
 
@@ -314,7 +313,7 @@ def test_a_name_of_127_bytes_is_accepted(change: Change) -> None:
     path = change(
         "tables / public.launches / columns", {"id": "integer", "date_utc": "date"} | {name: "date"}
     )
-    assert main.load_config(path).tables[0].columns[2].name == name
+    assert load_config(path).tables[0].columns[2].name == name
 
 
 def test_two_paths_that_give_one_column_are_refused(change: Change) -> None:
@@ -383,32 +382,32 @@ def test_an_empty_file_lacks_what_is_required(write: Write, content: str) -> Non
 )
 def test_what_is_not_valid_yaml_is_refused(write: Write, content: str | bytes) -> None:
     path = write(content)
-    with pytest.raises(main.ConfigError) as refused:
-        main.load_config(path)
+    with pytest.raises(ConfigError) as refused:
+        load_config(path)
     assert str(refused.value).startswith(str(path))
 
 
 @pytest.mark.parametrize("again", ["id: integer", '"id": date', "'id' : date"])
 def test_a_key_that_stands_twice_is_refused(write: Write, again: str) -> None:
     path = write(f"tables:\n  a.b:\n    columns:\n      id: integer\n      {again}\n")
-    with pytest.raises(main.ConfigError, match="'id' stands twice"):
-        main.load_config(path)
+    with pytest.raises(ConfigError, match="'id' stands twice"):
+        load_config(path)
 
 
 def test_a_table_that_stands_twice_is_refused(write: Write) -> None:
-    with pytest.raises(main.ConfigError, match=r"'public\.a' stands twice"):
-        main.load_config(write("tables:\n  public.a: {}\n  public.b: {}\n  public.a: {}\n"))
+    with pytest.raises(ConfigError, match=r"'public\.a' stands twice"):
+        load_config(write("tables:\n  public.a: {}\n  public.b: {}\n  public.a: {}\n"))
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "nowhere.yaml"
-    with pytest.raises(main.ConfigError, match=r"nowhere\.yaml: No such file"):
-        main.load_config(path)
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: No such file"):
+        load_config(path)
 
 
 def test_a_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(main.ConfigError, match="Is a directory"):
-        main.load_config(tmp_path)
+    with pytest.raises(ConfigError, match="Is a directory"):
+        load_config(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["on", "off", "yes", "no", "y", "n", "true", "false"])
@@ -425,7 +424,7 @@ tables:
       {name}: integer
 """
     )
-    (table,) = main.load_config(path).tables
+    (table,) = load_config(path).tables
     assert (table.key, table.columns[0].path) == ((name,), (name,))
 
 
@@ -439,7 +438,7 @@ alerts: {on: success}
 tables: {public.t: {key: a, columns: {a: date}}}
 """
     )
-    config = main.load_config(path)
+    config = load_config(path)
     assert (config.bucket, config.prefix, config.audit_table) == ("123", "2026", None)
     assert (config.max_wait, config.part_mb, config.connect_seconds) == (7, 1, 0)
     assert config.headers == {"X-Version": "1.10", "X-Day": "2026-11-22", "X-Flag": "on"}
@@ -465,7 +464,7 @@ tables:
     sort_key: {null}
 """
     )
-    config = main.load_config(path)
+    config = load_config(path)
     assert (config.records, config.kms_key, config.part_mb) == (None, None, 64)
     assert config.audit_table is None, "null turns the audit table off"
     assert (config.on, config.slack_webhook_secret) == (("failure",), None)
@@ -476,7 +475,7 @@ def test_headers_take_secrets_from_the_environment(
     change: Change, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("API_TOKEN", "t0ken")
-    config = main.load_config(change("source / headers", {"Authorization": "Bearer ${API_TOKEN}"}))
+    config = load_config(change("source / headers", {"Authorization": "Bearer ${API_TOKEN}"}))
     assert config.headers == {"Authorization": "Bearer t0ken"}
 
 
@@ -499,14 +498,14 @@ def test_the_copy_role(
 ) -> None:
     if environment is not None:
         monkeypatch.setenv("AWS_ROLE_ARN", environment)
-    assert main.load_config(change("redshift / copy_role", configured)).copy_role == used
+    assert load_config(change("redshift / copy_role", configured)).copy_role == used
 
 
 def test_the_role_of_the_environment_is_used_where_the_setting_is_absent(
     change: Change, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_ROLE_ARN", ROLE)
-    assert main.load_config(change("redshift / secret", "spacex")).copy_role == ROLE
+    assert load_config(change("redshift / secret", "spacex")).copy_role == ROLE
 
 
 def paths_in(value: Any, at: tuple[str, ...] = ()) -> set[tuple[str, ...]]:
@@ -519,7 +518,7 @@ def paths_in(value: Any, at: tuple[str, ...] = ()) -> set[tuple[str, ...]]:
 def test_the_shipped_configuration_is_valid_and_loads_every_field_of_the_sample(
     sample: Path,
 ) -> None:
-    launches, cores = main.load_config(main.DEFAULT_CONFIG).tables
+    launches, cores = load_config(PIPELINE).tables
     records = json.loads(sample.read_text(encoding="utf-8"))
     served = set().union(*map(paths_in, records))
     assert len(served) > 30

@@ -7,14 +7,11 @@ the program's help.
 
 from __future__ import annotations
 
-import contextlib
-import gzip
 import json
 import math
 import re
 import struct
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
@@ -22,14 +19,13 @@ from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 from hypothesis import HealthCheck, assume, example, given, seed, settings
 from hypothesis import strategies as st
 
+from helpers import Config, PipelineError, Table, load_config, parts_of, shorten, sizes, without_log
 from sandbox import Sandbox
-from sequra_challenge import main
 
 CONFIG = """
 source: {url: https://localhost/}
@@ -81,16 +77,17 @@ def share(percent: int) -> settings:
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> main.Config:
+def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     path = tmp_path_factory.mktemp("documents") / "pipeline.yaml"
     path.write_text(CONFIG)
-    return main.load_config(path)
+    return load_config(path)
 
 
 @pytest.fixture(autouse=True)
-def silence(monkeypatch: pytest.MonkeyPatch) -> None:
+def silence() -> Iterator[None]:
     """Its warnings name keys with lone surrogates, which pytest-xdist cannot send on."""
-    monkeypatch.setattr(main.log, "disabled", True)
+    with without_log():
+        yield
 
 
 # --- documents -----------------------------------------------------------------------------------
@@ -492,13 +489,13 @@ def single(number: float) -> float:
 Rows = list[dict[str, Any]]
 
 
-def expected_rows(table: main.Table, number: int, record: Any) -> Rows:
+def expected_rows(table: Table, number: int, record: Any) -> Rows:
     """The rows of a table that come from a record. Raises Refused."""
     require(isinstance(record, dict))
     sources = [record]
     if table.rows:
         # A box that is no object is refused by the table of the items.
-        elements = main.dig(record, table.rows)
+        elements = dug(record, ".".join(table.rows))
         require(elements is None or isinstance(elements, list))
         sources = []
         for position, element in enumerate(elements or [], 1):
@@ -517,7 +514,7 @@ def expected_rows(table: main.Table, number: int, record: Any) -> Rows:
     return rows
 
 
-def all_expected(config: main.Config, document: list[Any]) -> tuple[dict[str, Rows], list[int]]:
+def all_expected(config: Config, document: list[Any]) -> tuple[dict[str, Rows], list[int]]:
     """The rows of all tables, and the indexes of the records that have to be refused.
 
     Of those that are nested deeply it depends on the version of Python whether they are.
@@ -578,18 +575,16 @@ READ: dict[str, Callable[[str], Any]] = {
 }
 
 
-def written_rows(run: main.Run, parts: main.PartWriter, count: int) -> Rows:
+def written_rows(table: Table, files: list[str], count: int, null: str) -> Rows:
     """The rows in the files of a table, as COPY reads them."""
-    rows = []
-    for file in parts.parts:
-        text = gzip.decompress(file.read_bytes()).decode()
+    rows, columns = [], table.columns
+    for text in files:
         header, *found = csv_cells(text)
-        columns = parts.table.columns
         assert header == [(False, column.name) for column in columns]
         for cells in found:
             row: dict[str, Any] = {}
             for column, (in_quotes, cell) in zip(columns, cells, strict=True):
-                if cell == run.null:
+                if cell == null:
                     assert not in_quotes
                     row[column.name] = None
                     continue
@@ -604,17 +599,9 @@ def written_rows(run: main.Run, parts: main.PartWriter, count: int) -> Rows:
     return rows
 
 
-def transformed(config: main.Config, body: bytes) -> dict[str, Rows]:
+def transformed(config: Config, body: bytes) -> dict[str, Rows]:
     """The rows that the program makes of a source, or its PipelineError."""
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "source"
-        source.write_bytes(body)
-        run = main.Run(config, Path(folder))
-        counts: dict[str, int] = {}
-        staged = main.transform_to_parts(run, source, None, counts)
-        return {
-            parts.table.name: written_rows(run, parts, counts[parts.table.name]) for parts in staged
-        }
+    return {part[0].name: written_rows(*part) for part in parts_of(body, config)}
 
 
 def same(left: Any, right: Any) -> bool:
@@ -633,7 +620,7 @@ def names_a_record(message: str, document: list[Any], faulty: list[int]) -> bool
     for index in faulty:
         record = document[index]
         if isinstance(record, dict) and depth(record) < DEEP:
-            key = main.shorten(json.loads(written(record["id"]), parse_float=Decimal))
+            key = shorten(json.loads(written(record["id"]), parse_float=Decimal))
             if re.search(rf"\b(item_)?id={re.escape(key)}", message):
                 return True
         elif f"record {index + 1} is not an object" in message:
@@ -653,25 +640,14 @@ SIZES = st.fixed_dictionaries(
 )
 
 
-@contextlib.contextmanager
-def patched(sizes: dict[str, int]) -> Iterator[None]:
-    """The program with other sizes of its batches."""
-    with contextlib.ExitStack() as stack:
-        for name, size in sizes.items():
-            stack.enter_context(mock.patch.object(main, name, size))
-        yield
-
-
-def check(
-    config: main.Config, document: list[Any], ascii_only: bool, sizes: dict[str, int]
-) -> bool:
+def check(config: Config, document: list[Any], ascii_only: bool, changes: dict[str, int]) -> bool:
     """Checks one document; returns whether it was accepted."""
     rows, faulty = all_expected(config, document)
     message = ""
-    with patched(sizes):
+    with sizes(**changes):
         try:
             found = transformed(config, written(document, ascii_only).encode())
-        except main.PipelineError as error:
+        except PipelineError as error:
             message = str(error)
     if message:
         assert faulty, f"refused for no reason: {message}"
@@ -695,16 +671,16 @@ def check(
 # --- tests ---------------------------------------------------------------------------------------
 
 
-@share(30)
+@share(26)
 @given(documents(), SIZES)
-def test_escaped_documents(config: main.Config, document: list[Any], sizes: dict[str, int]) -> None:
-    check(config, document, True, sizes)
+def test_escaped_documents(config: Config, document: list[Any], changes: dict[str, int]) -> None:
+    check(config, document, True, changes)
 
 
-@share(29)
+@share(24)
 @given(documents(), SIZES)
-def test_documents_in_utf8(config: main.Config, document: list[Any], sizes: dict[str, int]) -> None:
-    check(config, document, False, sizes)
+def test_documents_in_utf8(config: Config, document: list[Any], changes: dict[str, int]) -> None:
+    check(config, document, False, changes)
 
 
 COLUMN_VALUES = JSON | st.builds(
@@ -732,12 +708,12 @@ def document_with(value: Any, place: str) -> list[Any]:
 
 @share(15)
 @given(ODD_NUMBERS | ODD_TIMES | COLUMN_VALUES, st.sampled_from(ALL_PLACES))
-def test_one_value_of_any_kind(config: main.Config, value: Any, place: str) -> None:
+def test_one_value_of_any_kind(config: Config, value: Any, place: str) -> None:
     check(config, document_with(value, place), True, {})
 
 
 @pytest.mark.parametrize("place", ALL_PLACES)
-def test_each_kind_of_value(config: main.Config, place: str) -> None:
+def test_each_kind_of_value(config: Config, place: str) -> None:
     numbers = [Number(text) for text in ("0", "1", "-1", "1.0", "1e3", "0.5", "NaN", "-Infinity")]
     texts = ["", "a", "1", "true", "2006-03-24", "2006-03-24T22:30:00", "2006-03-24T22:30:00Z"]
     others: list[Any] = [None, True, False, [], {}, [True], [{}], {"a": True}]
@@ -747,9 +723,7 @@ def test_each_kind_of_value(config: main.Config, place: str) -> None:
 
 @share(15)
 @given(documents(faults=0), st.data())
-def test_text_that_is_damaged(
-    config: main.Config, document: list[Any], data: st.DataObject
-) -> None:
+def test_text_that_is_damaged(config: Config, document: list[Any], data: st.DataObject) -> None:
     """With a piece cut out or put in, it is JSON all the same, or refused."""
     text = written(document, ascii_only=False)
     start = data.draw(st.integers(0, len(text)))
@@ -761,10 +735,10 @@ def test_text_that_is_damaged(
         value = json.loads(damaged)
     except ValueError:
         value = None
-    with patched(data.draw(SIZES)):
+    with sizes(**data.draw(SIZES)):
         try:
             found = transformed(config, damaged.encode())
-        except main.PipelineError as error:
+        except PipelineError as error:
             message = str(error)
     if message:
         assert len(message) < 1000
@@ -775,25 +749,23 @@ def test_text_that_is_damaged(
 
 @share(2)
 @given(documents(faults=0), st.data())
-def test_two_records_with_one_key(
-    config: main.Config, document: list[Any], data: st.DataObject
-) -> None:
+def test_two_records_with_one_key(config: Config, document: list[Any], data: st.DataObject) -> None:
     key = data.draw(short(24))
     document = [*document, {"id": key, "whole": Number("1")}, {"id": key, "whole": Number("2")}]
-    with pytest.raises(main.PipelineError, match="more than one row has the key") as caught:
+    with pytest.raises(PipelineError, match="more than one row has the key") as caught:
         transformed(config, written(document).encode())
-    assert f"id={main.shorten(key)}" in str(caught.value)
+    assert f"id={shorten(key)}" in str(caught.value)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3])
 def test_loaded_into_the_tables(
-    sandbox: Sandbox, tmp_path: Path, config: main.Config, batch: int
+    sandbox: Sandbox, tmp_path: Path, config: Config, batch: int
 ) -> None:
     """Documents that are accepted, put together, through S3 and COPY into the tables."""
     together: list[Any] = []
 
     @seed(batch)
-    @settings(share(2), suppress_health_check=list(HealthCheck), database=None)
+    @settings(share(5), suppress_health_check=list(HealthCheck), database=None)
     @given(documents(faults=batch - 1))
     def collect(document: list[Any]) -> None:
         if check(config, document, True, {}):
@@ -851,13 +823,13 @@ def equal(kind: str, stored: Any, wanted: Any) -> bool:
     st.sampled_from(["single", "number"]),
     st.integers(1_000_000, 10**17).map(lambda exponent: Number(f"1e{exponent}")),
 )
-def test_huge_exponents(config: main.Config, column: str, number: Number) -> None:
+def test_huge_exponents(config: Config, column: str, number: Number) -> None:
     document = [{"id": "item 1", "whole": Number("1"), column: number}]
     assert not check(config, document, True, {})
 
 
 @pytest.mark.parametrize("levels", [950, 985, 2000, 5000])
-def test_long_text_that_is_nested_deeply(config: main.Config, levels: int) -> None:
+def test_long_text_that_is_nested_deeply(config: Config, levels: int) -> None:
     document = [{"id": "a", "whole": Number("1"), "anything": nested(levels, "a" * 20_000)}]
     check(config, document, True, {})
 
@@ -865,18 +837,18 @@ def test_long_text_that_is_nested_deeply(config: main.Config, levels: int) -> No
 @share(1)
 @example([{"id": "a", "whole": Number("1")}, {"whole": Number("2")}])
 @given(documents(faults=0))
-def test_record_without_its_key_is_named(config: main.Config, document: list[Any]) -> None:
+def test_record_without_its_key_is_named(config: Config, document: list[Any]) -> None:
     """By how it begins, as there is nothing else."""
     document = deepcopy(document)
     document[-1].pop("id", None)
-    with pytest.raises(main.PipelineError) as caught:
+    with pytest.raises(PipelineError) as caught:
         transformed(config, written(document).encode())
-    named = main.shorten(json.loads(written(document[-1])))[:40]
+    named = shorten(json.loads(written(document[-1])))[:40]
     assert f"public.items, {named}" in str(caught.value)
 
 
-def test_bytes_that_are_not_utf8(config: main.Config) -> None:
+def test_bytes_that_are_not_utf8(config: Config) -> None:
     body = b'[{"id": "a", "whole": 1, "title": "%s\xff"}]' % (b"secret " * 50_000)
-    with pytest.raises(main.PipelineError, match="not readable") as caught:
+    with pytest.raises(PipelineError, match="not readable") as caught:
         transformed(config, body)
     assert len(str(caught.value)) < 1000

@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-import csv
-import io
 import json
 import struct
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta, timezone
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from helpers import SECTIONS, columns_of, config_of, read_records, table_of
+from helpers import (
+    NULL,
+    SECTIONS,
+    PipelineError,
+    config_of,
+    read_records,
+    rows_of,
+    run_pipeline,
+    sizes,
+    table_of,
+)
 from sandbox import BUCKET, SECRET, Sandbox
-from sequra_challenge import main
-
-NULL = "NULL-7f"
 
 # --- values -------------------------------------------------------------------------------------
 
@@ -148,8 +151,7 @@ def written(type_: str, values: list[Any]) -> list[str]:
     """The cells of a column with these values."""
     table = table_of({"id": "integer", "v": type_})
     records = [{"id": number, "v": value} for number, value in enumerate(values)]
-    text = main.csv_rows(columns_of(records, table), NULL).decode()
-    rows = list(csv.reader(io.StringIO(text, newline=""), strict=True))
+    rows = rows_of(records, table, NULL)
     assert [row[0] for row in rows] == [str(number) for number in range(len(values))]
     return [row[1] for row in rows]
 
@@ -199,7 +201,7 @@ def test_any_value_is_in_the_csv_or_refused(
     typed: tuple[str, st.SearchStrategy[Any]], value: Any
 ) -> None:
     type_, _ = typed
-    with contextlib.suppress(main.PipelineError):
+    with contextlib.suppress(PipelineError):
         check_cells(type_, [value], written(type_, [value]))
 
 
@@ -238,11 +240,9 @@ def test_the_records_are_those_of_the_document(
     else:
         text = json.dumps(document, indent=indent, ensure_ascii=escaped)
     served = json.loads(json.dumps(document), parse_float=Decimal)
-    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+    with tempfile.TemporaryDirectory() as folder, sizes(READ_CHARACTERS=size, BATCH_RECORDS=batch):
         path = Path(folder) / "response"
         path.write_bytes(text.encode())
-        patch.setattr(main, "READ_CHARACTERS", size)
-        patch.setattr(main, "BATCH_RECORDS", batch)
         assert list(read_records(path)) == served
 
 
@@ -253,11 +253,10 @@ def test_a_document_that_is_cut_is_refused(
 ) -> None:
     text = json.dumps(document)
     cut = data.draw(st.integers(0, len(text) - 1))
-    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+    with tempfile.TemporaryDirectory() as folder, sizes(READ_CHARACTERS=size):
         path = Path(folder) / "response"
         path.write_text(text[:cut])
-        patch.setattr(main, "READ_CHARACTERS", size)
-        with pytest.raises(main.PipelineError):
+        with pytest.raises(PipelineError):
             list(read_records(path))
 
 
@@ -396,9 +395,8 @@ def test_every_value_is_in_redshift(
     at_hand: Sandbox, records: list[dict[str, Any]], batch: int
 ) -> None:
     at_hand.source.body = encoded(records).encode()
-    with mock.patch.multiple(main, BATCH_RECORDS=batch, CHUNK_BATCHES=2):
-        run = replace(ALL_TYPES, url=at_hand.source.url)
-        assert main.run_pipeline(run, allow_shrink=True) == 0
+    with sizes(BATCH_RECORDS=batch, CHUNK_BATCHES=2):
+        assert run_pipeline(ALL_TYPES, url=at_hand.source.url) == 0
 
     rows = {row["id"]: row for row in at_hand.query("SELECT * FROM public.things")}
     assert rows.keys() == {record["id"] for record in records}

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from helpers import config_of
-from sequra_challenge import main
+from helpers import (
+    ROLE,
+    Config,
+    PipelineError,
+    Table,
+    config_of,
+    copy_sql,
+    create_sql,
+    doubles_sql,
+    literal,
+    quoted,
+    swap_sql,
+)
 
 REPLACED = {
     "key": "id",
@@ -35,29 +44,27 @@ UPSERTED = {
     },
 }
 TABLES = {"public.launches": REPLACED, "spacex.cores": UPSERTED}
-ROLE = "arn:aws:iam::123456789012:role/loader"
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> main.Run:
+def config(monkeypatch: pytest.MonkeyPatch) -> Config:
     monkeypatch.delenv("AWS_ROLE_ARN", raising=False)
-    started = datetime(2024, 2, 29, 23, 59, 58, 7, UTC)
-    return main.Run(config_of(TABLES), Path("/nowhere"), started=started, token="0a1b2c3d")
+    return config_of(TABLES)
 
 
 @pytest.fixture
-def launches(run: main.Run) -> main.Table:
-    return run.config.tables[0]
+def launches(config: Config) -> Table:
+    return config.tables[0]
 
 
 @pytest.fixture
-def cores(run: main.Run) -> main.Table:
-    return run.config.tables[1]
+def cores(config: Config) -> Table:
+    return config.tables[1]
 
 
-def test_create(launches: main.Table) -> None:
+def test_create(launches: Table) -> None:
     assert (
-        main.create_sql(launches)
+        create_sql(launches)
         == """\
 CREATE TABLE IF NOT EXISTS "public"."launches" (
   "id" varchar(24) NOT NULL,
@@ -73,9 +80,9 @@ COMPOUND SORTKEY ("date_utc", "id")"""
     )
 
 
-def test_create_without_sort_and_dist_key(cores: main.Table) -> None:
+def test_create_without_sort_and_dist_key(cores: Table) -> None:
     assert (
-        main.create_sql(cores)
+        create_sql(cores)
         == """\
 CREATE TABLE IF NOT EXISTS "spacex"."cores" (
   "launch_id" varchar(24),
@@ -98,8 +105,8 @@ DATEFORMAT 'auto' TIMEFORMAT 'auto'
 COMPUPDATE OFF STATUPDATE OFF"""
 
 
-def test_copy_with_the_default_role(run: main.Run, launches: main.Table) -> None:
-    create, copy = main.copy_sql(run, launches, "eu-west-1")
+def test_copy_with_the_default_role(config: Config, launches: Table) -> None:
+    create, copy = copy_sql(config, launches)
     assert create == ('CREATE TEMP TABLE "staging_1" (LIKE "public"."launches" INCLUDING DEFAULTS)')
     assert copy == COPY.format("default")
 
@@ -108,15 +115,13 @@ def test_copy_with_the_default_role(run: main.Run, launches: main.Table) -> None
 def test_copy_with_a_role(role: str) -> None:
     redshift = {"secret": "s", "copy_role": role}
     config = config_of(TABLES, redshift=redshift)
-    started = datetime(2024, 2, 29, 23, 59, 58, 7, UTC)
-    run = main.Run(config, Path("/nowhere"), started=started, token="0a1b2c3d")
-    _, copy = main.copy_sql(run, config.tables[0], "eu-west-1")
+    _, copy = copy_sql(config, config.tables[0])
     assert copy == COPY.format(f"'{role}'")
 
 
-def test_doubles_of_one_key(launches: main.Table) -> None:
+def test_doubles_of_one_key(launches: Table) -> None:
     assert (
-        main.doubles_sql(launches)
+        doubles_sql(launches)
         == """\
 SELECT "id"
 FROM "staging_1"
@@ -126,9 +131,9 @@ LIMIT 5"""
     )
 
 
-def test_doubles_of_two_keys(cores: main.Table) -> None:
+def test_doubles_of_two_keys(cores: Table) -> None:
     assert (
-        main.doubles_sql(cores)
+        doubles_sql(cores)
         == """\
 SELECT "launch_id", "position"
 FROM "staging_2"
@@ -138,8 +143,8 @@ LIMIT 5"""
     )
 
 
-def test_replace(run: main.Run, launches: main.Table) -> None:
-    assert main.swap_sql(run, launches) == (
+def test_replace(config: Config, launches: Table) -> None:
+    assert swap_sql(config, launches) == (
         'DELETE FROM "public"."launches"',
         """\
 INSERT INTO "public"."launches" \
@@ -150,8 +155,8 @@ FROM "staging_1\"""",
     )
 
 
-def test_upsert_by_two_keys(run: main.Run, cores: main.Table) -> None:
-    assert main.swap_sql(run, cores) == (
+def test_upsert_by_two_keys(config: Config, cores: Table) -> None:
+    assert swap_sql(config, cores) == (
         """\
 DELETE FROM "spacex"."cores"
 USING "staging_2"
@@ -169,13 +174,13 @@ FROM "staging_2\"""",
     [("", "''"), ("a b", "'a b'"), ("it's", "'it''s'"), ("''", "''''''"), ('"é"', "'\"é\"'")],
 )
 def test_a_literal(text: str, written: str) -> None:
-    assert main.literal(text) == written
+    assert literal(text) == written
 
 
 @pytest.mark.parametrize("text", ["\\", "a\\'b"])
 def test_a_literal_has_no_backslash(text: str) -> None:
-    with pytest.raises(main.PipelineError, match="backslash"):
-        main.literal(text)
+    with pytest.raises(PipelineError, match="backslash"):
+        literal(text)
 
 
 @pytest.mark.parametrize(
@@ -188,7 +193,7 @@ def test_a_literal_has_no_backslash(text: str) -> None:
     ],
 )
 def test_quoted(names: list[str], written: str) -> None:
-    assert main.quoted(*names) == written
+    assert quoted(*names) == written
 
 
 LONG = "t" * 120
@@ -200,4 +205,4 @@ LONG = "t" * 120
 def test_every_table_is_staged_in_its_own(names: list[str]) -> None:
     settings: dict[str, Any] = {"key": "id", "columns": {"id": "integer"}}
     first, second = config_of(dict.fromkeys(names, settings)).tables
-    assert main.doubles_sql(first) != main.doubles_sql(second)
+    assert doubles_sql(first) != doubles_sql(second)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import gzip
-import io
 import itertools
 import json
 import logging
@@ -13,11 +11,23 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pytest
 
-from helpers import columns_of, config_of, read_records, table_of
-from sequra_challenge import main
+import helpers
+from helpers import (
+    CSV_ROWS,
+    NULL,
+    READ_CHARACTERS,
+    PipelineError,
+    Records,
+    batches_of,
+    config_of,
+    csv_of,
+    read_records,
+    rows_of,
+    sizes,
+    table_of,
+)
 
 # A warning of NumPy or pandas would stand between the lines of the log.
 pytestmark = pytest.mark.filterwarnings("error")
@@ -79,28 +89,16 @@ def test_the_records_of_an_array_or_one_a_line(read: Read, content: str | bytes)
 
 
 @pytest.mark.parametrize("join", ["[{}]", "{}"], ids=["array", "lines"])
-def test_batches_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, join: str) -> None:
-    sizes = [1, 1, 1, 1, 1, 200, 1, 1, 300, 300, 1] * 20
-    texts = [json.dumps({"a": "x" * size}) for size in sizes]
+def test_batches_are_bounded(tmp_path: Path, join: str) -> None:
+    lengths = [1, 1, 1, 1, 1, 200, 1, 1, 300, 300, 1] * 20
+    texts = [json.dumps({"a": "x" * size}) for size in lengths]
     path = tmp_path / "response"
     path.write_text(join.format((",", "\n")[join == "{}"].join(texts)))
-    monkeypatch.setattr(main, "BATCH_RECORDS", 3)
-    monkeypatch.setattr(main, "READ_CHARACTERS", 250)
-    batches = [[len(record["a"]) for record in batch] for batch in main.read_batches(path)]
-    assert list(itertools.chain(*batches)) == sizes
+    with sizes(BATCH_RECORDS=3, READ_CHARACTERS=250):
+        batches = [[len(record["a"]) for record in batch] for batch in batches_of(path)]
+    assert list(itertools.chain(*batches)) == lengths
     assert max(map(len, batches)) == 3
     assert max(map(sum, batches)) <= 810  # a record that did not end yet, and two pieces more
-
-
-def test_columns_are_of_some_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "response"
-    path.write_text('[{"id": 1}, {"id": 2}, {"id": 3}, {"id": 4}, {"id": 5}]')
-    monkeypatch.setattr(main, "BATCH_RECORDS", 1)
-    monkeypatch.setattr(main, "CHUNK_BATCHES", 2)
-    tables = (table_of({"id": "integer"}), table_of({"id": "integer", "n": "integer"}))
-    assert list(main.read_columns(path, tables, main.Fields(set))) == [
-        [{"id": ids}, {"id": ids, "n": [None] * len(ids)}] for ids in ([1, 2], [3, 4], [5])
-    ]
 
 
 ACROSS_BOUNDARIES = [
@@ -118,12 +116,9 @@ ACROSS_BOUNDARIES = [
 
 @pytest.mark.parametrize("size", [*range(1, 8), *range(20, 90, 7), 1000])
 @pytest.mark.parametrize("content", ACROSS_BOUNDARIES, ids=brief)
-def test_records_across_the_boundaries_of_reads(
-    read: Read, monkeypatch: pytest.MonkeyPatch, content: str, size: int
-) -> None:
-    monkeypatch.setattr(main, "READ_CHARACTERS", size)
-    monkeypatch.setattr(main, "BATCH_RECORDS", 2)
-    assert repr(read(content)) == repr(parsed(content))
+def test_records_across_the_boundaries_of_reads(read: Read, content: str, size: int) -> None:
+    with sizes(READ_CHARACTERS=size, BATCH_RECORDS=2):
+        assert repr(read(content)) == repr(parsed(content))
 
 
 def test_numbers_are_exact(read: Read) -> None:
@@ -136,16 +131,14 @@ def test_numbers_are_exact(read: Read) -> None:
 @pytest.mark.parametrize(
     "content", ['[{"a": 1}, {"a": 2}, {"a": oops}]', '{"a": 1}\n{"a": 2}\n{"a": oops}\n']
 )
-def test_records_before_a_fault_are_given(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str
-) -> None:
+def test_records_before_a_fault_are_given(tmp_path: Path, content: str) -> None:
     path = tmp_path / "response"
     path.write_text(content)
-    monkeypatch.setattr(main, "READ_CHARACTERS", 10)
-    records = read_records(path)
-    assert [next(records), next(records)] == [{"a": 1}, {"a": 2}]
-    with pytest.raises(main.PipelineError, match="not JSON after record 2"):
-        next(records)
+    with sizes(READ_CHARACTERS=10):
+        records = read_records(path)
+        assert [next(records), next(records)] == [{"a": 1}, {"a": 2}]
+        with pytest.raises(PipelineError, match="not JSON after record 2"):
+            next(records)
 
 
 @pytest.mark.parametrize(
@@ -211,7 +204,7 @@ def test_records_before_a_fault_are_given(
     ids=brief,
 )
 def test_what_holds_no_objects_is_refused(read: Read, content: str | bytes, message: str) -> None:
-    with pytest.raises(main.PipelineError) as refused:
+    with pytest.raises(PipelineError) as refused:
         read(content)
     assert message in str(refused.value)
     assert len(str(refused.value)) < 400
@@ -223,10 +216,9 @@ def test_what_holds_no_objects_is_refused(read: Read, content: str | bytes, mess
     ["[{},]", "[{} {}]", "[{}", '[{"a": "x', '[{"a": tru}]', '[{"a": 1 "b": 2}]', "[{}, 5]"],
 )
 def test_wrong_arrays_are_refused_across_the_boundaries_of_reads(
-    read: Read, monkeypatch: pytest.MonkeyPatch, content: str, size: int
+    read: Read, content: str, size: int
 ) -> None:
-    monkeypatch.setattr(main, "READ_CHARACTERS", size)
-    with pytest.raises(main.PipelineError):
+    with sizes(READ_CHARACTERS=size), pytest.raises(PipelineError):
         read(content)
 
 
@@ -246,28 +238,28 @@ PACKED = packed(json.dumps([{"a": f"{n:x}" * 9} for n in range(999)]).encode())
     ids=["end", "half", "header", "checksum", "garbage after it", "damaged"],
 )
 def test_a_damaged_gzip_file_is_refused(read: Read, content: bytes) -> None:
-    with pytest.raises(main.PipelineError, match="not readable after record"):
+    with pytest.raises(PipelineError, match="not readable after record"):
         read(content)
 
 
 def test_an_array_after_much_whitespace_is_read(read: Read) -> None:
-    assert read(" " * main.READ_CHARACTERS + "[{}]") == [{}]
+    assert read(" " * READ_CHARACTERS + "[{}]") == [{}]
 
 
 def test_garbage_after_much_whitespace_is_refused(read: Read) -> None:
-    with pytest.raises(main.PipelineError, match="Extra data"):
-        read("[{}]" + " " * 2 * main.READ_CHARACTERS + "garbage")
+    with pytest.raises(PipelineError, match="Extra data"):
+        read("[{}]" + " " * 2 * READ_CHARACTERS + "garbage")
 
 
 @pytest.mark.parametrize("space", ["\xa0", "\x0b", "\x0c", "\u2028"])
 def test_whitespace_that_is_not_of_json_is_refused(read: Read, space: str) -> None:
-    with pytest.raises(main.PipelineError, match="Extra data"):
+    with pytest.raises(PipelineError, match="Extra data"):
         read("[{}]" + space)
 
 
 @pytest.mark.parametrize("content", ['[{"a":1},]', '[{"a":1} {"b":2}]', '[{"a":1 "b":2}]'])
 def test_an_array_that_does_not_end_early_is_not_said_to(read: Read, content: str) -> None:
-    with pytest.raises(main.PipelineError, match="Expecting"):
+    with pytest.raises(PipelineError, match="Expecting"):
         read(content)
 
 
@@ -283,38 +275,17 @@ SHIPS = table_of(
 )
 
 
-def rows_of(records: list[dict[str, Any]], table: main.Table) -> list[list[str]]:
-    """The rows as the CSV files have them."""
-    text = main.csv_rows(columns_of(records, table), "NULL").decode()
-    return list(csv.reader(io.StringIO(text, newline="")))
-
-
-def test_a_record_is_a_row_without_rows() -> None:
-    records = [{"id": 1}, {"id": 2}]
-    assert main.explode(records, table_of({"id": "integer"})) == records
-
-
 def test_elements_become_rows_with_position_and_parent() -> None:
     records: list[dict[str, Any]] = [
         {"id": 1, "stage": {"cores": [{"core": "a"}, {"core": "b"}]}},
         {"id": 2, "stage": {"cores": []}},
         {"id": 3, "stage": {"cores": [{"core": "c"}]}},
     ]
-    assert main.explode(records, CORES) == [
-        {"core": "a", "position": 1, "launch": records[0]},
-        {"core": "b", "position": 2, "launch": records[0]},
-        {"core": "c", "position": 1, "launch": records[2]},
-    ]
     assert rows_of(records, CORES) == [["1", "1", "a"], ["1", "2", "b"], ["3", "1", "c"]]
 
 
 def test_elements_that_are_no_objects_become_the_value() -> None:
     records: list[dict[str, Any]] = [{"id": 1, "ships": ["x", None]}, {"id": 2, "ships": ["y"]}]
-    assert main.explode(records, SHIPS)[1] == {
-        "value": None,
-        "position": 2,
-        "launch": records[0],
-    }
     assert rows_of(records, SHIPS) == [["1", "1", "x"], ["1", "2", "NULL"], ["2", "1", "y"]]
 
 
@@ -336,7 +307,7 @@ def test_a_record_without_elements_has_no_rows(record: dict[str, Any]) -> None:
 def test_the_source_is_not_changed() -> None:
     records: list[dict[str, Any]] = [{"id": 1, "stage": {"cores": [{"core": "a"}]}}]
     before = json.dumps(records)
-    columns_of(records, CORES)
+    rows_of(records, CORES)
     assert json.dumps(records) == before
 
 
@@ -354,8 +325,8 @@ def test_the_source_is_not_changed() -> None:
 )
 def test_rows_that_are_no_array_of_objects_are_refused(cores: Any, message: str) -> None:
     records: list[dict[str, Any]] = [{"id": 6}, {"id": 7, "stage": {"cores": cores}}]
-    with pytest.raises(main.PipelineError) as refused:
-        columns_of(records, CORES)
+    with pytest.raises(PipelineError) as refused:
+        rows_of(records, CORES)
     assert str(refused.value).startswith("public.things, launch_id=7, position=")
     assert str(refused.value).endswith(f": stage.cores[]: {message}")
 
@@ -400,8 +371,8 @@ def test_nested_paths(record: dict[str, Any], row: list[str]) -> None:
 def test_what_is_not_of_the_configured_shape_is_refused(
     record: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(main.PipelineError) as refused:
-        columns_of([{"id": 8}, record | {"id": 9}, {"id": 10}], NESTED)
+    with pytest.raises(PipelineError) as refused:
+        rows_of([{"id": 8}, record | {"id": 9}, {"id": 10}], NESTED)
     assert str(refused.value) == f"public.things, id=9: {message}"
 
 
@@ -409,8 +380,8 @@ def test_a_misfit_in_an_element_names_the_path_in_the_source() -> None:
     records: list[dict[str, Any]] = [
         {"id": 4, "stage": {"cores": [{"core": "a"}, {"core": "0123456789"}]}}
     ]
-    with pytest.raises(main.PipelineError) as refused:
-        columns_of(records, CORES)
+    with pytest.raises(PipelineError) as refused:
+        rows_of(records, CORES)
     assert str(refused.value) == (
         "public.things, launch_id=4, position=2: stage.cores[].core: "
         '"0123456789" has a text of 10 bytes, at most 9 fit'
@@ -418,8 +389,8 @@ def test_a_misfit_in_an_element_names_the_path_in_the_source() -> None:
 
 
 def test_a_misfit_in_the_parent_names_the_path_in_the_source() -> None:
-    with pytest.raises(main.PipelineError) as refused:
-        columns_of([{"id": "x", "stage": {"cores": [{}]}}], CORES)
+    with pytest.raises(PipelineError) as refused:
+        rows_of([{"id": "x", "stage": {"cores": [{}]}}], CORES)
     assert str(refused.value) == (
         'public.things, launch_id="x", position=1: id: "x" is not an integer'
     )
@@ -677,7 +648,7 @@ def test_a_value_that_fits(type_: str, text: str, written: str) -> None:
     ids=brief,
 )
 def test_a_value_that_does_not_fit_is_named(type_: str, text: str, shown: str, rule: str) -> None:
-    with pytest.raises(main.PipelineError) as refused:
+    with pytest.raises(PipelineError) as refused:
         cell(type_, text)
     message = str(refused.value)
     assert message.startswith(f"public.things, id=2: a.v: {shown} ")
@@ -686,7 +657,7 @@ def test_a_value_that_does_not_fit_is_named(type_: str, text: str, shown: str, r
 
 @pytest.mark.parametrize("type_", ["real", "double precision"])
 def test_a_number_with_a_huge_exponent_is_refused(type_: str) -> None:
-    with pytest.raises(main.PipelineError, match="is outside the range"):
+    with pytest.raises(PipelineError, match="is outside the range"):
         cell(type_, "1e1000000")
 
 
@@ -708,8 +679,8 @@ def test_a_value_too_deep_for_super_is_refused() -> None:
     for _ in range(5_000):
         value = [value]
     table = table_of({"id": "integer", "v": "super"})
-    with pytest.raises(main.PipelineError, match="id=1: v: a deeply nested list is not JSON that"):
-        columns_of([{"id": 1, "v": value}], table)
+    with pytest.raises(PipelineError, match="id=1: v: a deeply nested list is not JSON that"):
+        rows_of([{"id": 1, "v": value}], table)
 
 
 # --- transform: nulls and keys ------------------------------------------------------------------
@@ -721,15 +692,15 @@ def test_a_value_too_deep_for_super_is_refused() -> None:
 @pytest.mark.parametrize("value", [{}, {"v": None}], ids=["absent", "null"])
 def test_null_in_a_column_that_is_not_null_is_refused(type_: str, value: dict[str, None]) -> None:
     table = table_of({"id": "integer", "v": f"{type_} not null"})
-    with pytest.raises(main.PipelineError) as refused:
-        columns_of([{"id": 5} | value], table)
+    with pytest.raises(PipelineError) as refused:
+        rows_of([{"id": 5} | value], table)
     assert str(refused.value) == "public.things, id=5: v: null in a column that is not null"
 
 
 def test_null_in_the_key_is_refused() -> None:
     table = table_of({"id": "integer", "part.n": "integer"}, ["id", "part_n"])
-    with pytest.raises(main.PipelineError) as refused:
-        columns_of([{"id": 1, "part": {"n": 1}}, {"id": 2}], table)
+    with pytest.raises(PipelineError) as refused:
+        rows_of([{"id": 1, "part": {"n": 1}}, {"id": 2}], table)
     assert str(refused.value) == "public.things, id=2, part_n=null: part.n: null in the key"
 
 
@@ -757,8 +728,8 @@ def test_doubles_are_refused_and_named() -> None:
         {"id": 1, "name": "b", "n": 4},
         {"id": 2, "name": "a", "n": 5},
     ]
-    with pytest.raises(main.PipelineError) as refused:
-        columns_of(records, table)
+    with pytest.raises(PipelineError) as refused:
+        rows_of(records, table)
     assert str(refused.value) == (
         'public.things: more than one row has the key id=1, name="b"; id=2, name="a"'
     )
@@ -776,8 +747,8 @@ def test_doubles_are_refused_and_named() -> None:
 )
 def test_a_key_written_in_two_ways_is_a_double(type_: str, values: list[str]) -> None:
     table = table_of({"id": type_})
-    with pytest.raises(main.PipelineError, match="more than one row has the key id="):
-        columns_of([{"id": parsed(value)} for value in values], table)
+    with pytest.raises(PipelineError, match="more than one row has the key id="):
+        rows_of([{"id": parsed(value)} for value in values], table)
 
 
 def test_texts_of_a_key_that_differ_are_no_doubles() -> None:
@@ -820,12 +791,8 @@ COMPLETE: dict[str, Any] = {
 
 def drift(caplog: pytest.LogCaptureFixture, *records: dict[str, Any]) -> set[str]:
     """What is logged of these records, which are transformed one by one."""
-    served = main.Fields(set)
-    for record in records:
-        for table in DRIFT.tables:
-            columns_of([record], table, served)
     with caplog.at_level(logging.INFO, "sequra_challenge"):
-        main.warn_of_drift(DRIFT.tables, served)
+        helpers.warn_of_drift(records, DRIFT.tables)
     assert {record.levelname for record in caplog.records} <= {"WARNING"}
     assert len(caplog.messages) == len(set(caplog.messages))
     return set(caplog.messages)
@@ -885,15 +852,15 @@ def test_a_renamed_field_is_both(caplog: pytest.LogCaptureFixture) -> None:
     }
 
 
-# --- csv_rows -----------------------------------------------------------------------------------
+# --- CSV ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("value", "written"),
     [
-        (None, "NULL-7"),
+        (None, NULL),
         ("", '""'),
-        ("NULL-7", '"NULL-7"'),
+        (NULL, f'"{NULL}"'),
         ("\\N", '"\\N"'),
         ('say "hi"', '"say ""hi"""'),
         ('"', '""""'),
@@ -903,35 +870,38 @@ def test_a_renamed_field_is_both(caplog: pytest.LogCaptureFixture) -> None:
         ("\r\n", '"\r\n"'),
         (" é🚀\u2028", '" é🚀\u2028"'),
     ],
+    ids=brief,
 )
 def test_a_cell_of_text(value: str | None, written: str) -> None:
-    assert main.csv_rows({"text": [value, "x"]}, "NULL-7") == f'{written}\n"x"\n'.encode()
+    table = table_of({"id": "integer", "text": "varchar(99)"})
+    records: Records = [{"id": 1, "text": value}, {"id": 2, "text": "x"}]
+    assert csv_of(records, table) == f'1,{written}\n2,"x"\n'
 
 
 def test_a_row_of_all_kinds() -> None:
-    columns = {
-        "flag": pd.array([True, None], dtype="boolean"),
-        "number": pd.array([9007199254740993, None], dtype="Int64"),
-        "float": pd.array([0.1, None], dtype="Float64"),
-        "text": ["a", None],
-    }
-    assert main.csv_rows(columns, "NULL-7") == (
-        b'True,9007199254740993,0.1,"a"\nNULL-7,NULL-7,NULL-7,NULL-7\n'
+    kinds = {"number": "bigint", "flag": "boolean", "float": "double precision", "text": "super"}
+    records: Records = [
+        {"number": 9007199254740993, "flag": True, "float": Decimal("0.1"), "text": ["a"]},
+        {"number": 1},
+    ]
+    assert csv_of(records, table_of(kinds, "number")) == (
+        f'9007199254740993,True,0.1,"[""a""]"\n1,{NULL},{NULL},{NULL}\n'
     )
 
 
-@pytest.mark.parametrize("number", [main.CSV_ROWS - 1, main.CSV_ROWS, 2 * main.CSV_ROWS])
+@pytest.mark.parametrize("number", [CSV_ROWS - 1, CSV_ROWS, 2 * CSV_ROWS])
 def test_a_text_with_quotes_among_many(number: int) -> None:
-    texts = ["", None, "x"] * main.CSV_ROWS
+    texts = ["", None, "x"] * CSV_ROWS
     texts[number] = '"'
-    cells = ['""', "NULL-7", '"x"'] * main.CSV_ROWS
+    cells = ['""', NULL, '"x"'] * CSV_ROWS
     cells[number] = '""""'
-    numbers = pd.array(range(len(texts)), dtype="Int64")
-    assert main.csv_rows({"text": texts, "number": numbers}, "NULL-7").decode().split("\n") == [
+    table = table_of({"text": "varchar(9)", "n": "integer"}, "n")
+    records: Records = [{"text": text, "n": n} for n, text in enumerate(texts)]
+    assert csv_of(records, table).split("\n") == [
         *(f"{cell},{n}" for n, cell in enumerate(cells)),
         "",
     ]
 
 
 def test_no_rows_are_no_text() -> None:
-    assert main.csv_rows({"a": [], "b": []}, "NULL-7") == b""
+    assert csv_of([], table_of({"id": "integer"})) == ""

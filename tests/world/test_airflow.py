@@ -21,6 +21,7 @@ import pytest
 
 from sandbox import PASSWORD, ROOT, SECRET_KEY, Sandbox, Source, answer
 
+pytestmark = pytest.mark.ci
 DAG = ROOT / "conf" / "airflow" / "sequra_challenge_dag.py"
 PIPELINE = (ROOT / "conf" / "pipeline.yaml").read_text(encoding="utf-8")
 WEBHOOK_TOKEN = "T0/B0/Sl4ckT0ken"
@@ -92,7 +93,7 @@ def test_each_pipeline_is_a_task_that_airflow_tries_again_and_reports(
             SEQURA_CHALLENGE_EMAIL="etl@test,oncall@test",
         )
         subprocess.run([airflow, "db", "migrate"], env=environment, check=True, timeout=120)
-        command = [airflow, "dags", "test", "sequra_challenge"]
+        command: list[str | Path] = [airflow, "dags", "test", "sequra_challenge"]
         with (tmp_path / "log").open("w+", encoding="utf-8") as file:
             day = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
             sandbox.source.answers = [partial(serve, sandbox, day.pid)] * 10
@@ -119,7 +120,9 @@ def test_each_pipeline_is_a_task_that_airflow_tries_again_and_reports(
     assert "&lt;!channel&gt;" in wrong  # and nobody's telephone rings for a name in a file
     assert sorted(mail["Subject"] for mail in mails) == sorted(told)
     assert {mail["To"] for mail in mails} == {"etl@test, oncall@test"}
-    shown = mails[chat.index(wrong)].get_body().get_content()
+    body = mails[chat.index(wrong)].get_body()
+    assert body
+    shown = body.get_content()
     assert "&lt;!channel&gt;" in shown
 
     assert sandbox.source.requests.count("/missing") == 4
@@ -162,6 +165,6 @@ def serve(sandbox: Sandbox, airflow: int, handler: BaseHTTPRequestHandler) -> No
 
 def message(handler: BaseHTTPRequestHandler) -> str:
     """The text that Slack was sent."""
-    text = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))["text"]
+    text: str = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))["text"]
     answer(handler, 200, b"ok")
     return text

@@ -253,7 +253,7 @@ class Secret(CloudFormationModel):
         text = properties.get("SecretString")
         if generate := properties.get("GenerateSecretString"):
             without = ("Characters", "Numbers", "Punctuation", "Uppercase", "Lowercase")
-            password = random_password(
+            password = random_password(  # type: ignore[misc]
                 generate["PasswordLength"],
                 *(generate.get(f"Exclude{what}", "") for what in without),
                 include_space=False,
@@ -500,7 +500,7 @@ def test_on_an_instance_with_the_stacks_role(
 
     # That response again; then an upload that breaks off, of which an alert tells.
     (raw,) = (key for key in keys if "/raw/" in key)
-    replay = ["--source", f"s3://{stack.bucket}/{raw}", "--config", stack.config]
+    replay: list[str | Path] = ["--source", f"s3://{stack.bucket}/{raw}", "--config", stack.config]
     done = sandbox.run(*replay, **instance)
     assert done.returncode == 0, done.stderr
     gateway.broken = lambda path: "partNumber=2" in path
@@ -532,7 +532,7 @@ def days_kept(key: str) -> int:
             re.sub(r"\$\{(\w+)\}", lambda m: defaults[m[1]], rule["Prefix"]["Fn::Sub"])
         )
     ]
-    return min(days)  # S3 honours the shorter of two times
+    return int(min(days))  # S3 honours the shorter of two times
 
 
 @contextlib.contextmanager

@@ -7,8 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from sandbox import MAIN, ROOT
 
+pytestmark = pytest.mark.ci
 BENCH = ROOT / "tests" / "bench"
 ROWS = 1_000
 
@@ -16,7 +19,7 @@ ROWS = 1_000
 def compare(folder: Path) -> subprocess.CompletedProcess[str]:
     """Measures the contenders that need nothing installed, once."""
     options = ["--sizes", str(ROWS), "--contenders", "pandas", "floor", "--repeats", "1"]
-    command = [sys.executable, BENCH / "compare.py", *options, "--folder", folder]
+    command: list[str | Path] = [sys.executable, BENCH / "compare.py", *options, "--folder", folder]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
@@ -45,10 +48,18 @@ def test_notices_a_single_wrong_value(tmp_path: Path) -> None:
     source = tmp_path / "launches.json"
     generate(source, 100)
     with (tmp_path / "stdout").open("wb") as stdout:
-        command = [sys.executable, MAIN, "--dry-run", "--source", source]
+        command: list[str | Path] = [sys.executable, MAIN, "--dry-run", "--source", source]
         subprocess.run(command, env={"TMPDIR": str(tmp_path)}, stdout=stdout, check=True)
     config = ROOT / "conf" / "pipeline.yaml"
-    verify = [sys.executable, BENCH / "verify.py", tmp_path, "--config", config, "--source", source]
+    verify: list[str | Path] = [
+        sys.executable,
+        BENCH / "verify.py",
+        tmp_path,
+        "--config",
+        config,
+        "--source",
+        source,
+    ]
     assert subprocess.run(verify, capture_output=True, check=True).stdout == b"100\n"
     text = source.read_text()
     place = text.rindex('"gridfins":true')

@@ -69,6 +69,7 @@ sed -i 's|https://api.*launches |{source} |' /opt/sequra-challenge/conf/pipeline
 install -m 644 /test/ca /etc/sandbox-ca.pem
 """
 
+pytestmark = pytest.mark.ci
 Machine = Callable[[str], str]
 
 

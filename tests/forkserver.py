@@ -1,0 +1,163 @@
+"""Runs the program without starting Python for it: a process that has its packages forks.
+
+Each run is a process of its own, with its own arguments, environment, folder, pipes and signals,
+and ends as Python ends. What it does not show is what happens while Python starts and imports, nor
+what Python reads then from its environment, such as PYTHONPATH.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import types
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Self
+
+MAIN = Path(__file__).resolve().parent.parent / "sequra_challenge" / "main.py"
+INT = struct.Struct("i")
+
+
+class Forked:
+    """A run, with those parts of Popen's interface that the tests use."""
+
+    def __init__(self, command: list[str], status: socket.socket, out: int, err: int) -> None:
+        self.args, self._status = command, status
+        self.stdout, self.stderr = (os.fdopen(pipe, encoding="utf-8") for pipe in (out, err))
+        self.pid: int = INT.unpack(status.recv(INT.size))[0]
+        self.returncode: int | None = None
+
+    def wait(self, timeout: float | None = None) -> int:
+        if self.returncode is None:
+            if not select.select([self._status], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired(self.args, timeout or 0)
+            (status,) = INT.unpack(self._status.recv(INT.size))
+            self._status.close()
+            self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def poll(self) -> int | None:
+        try:
+            return self.wait(0)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        with ThreadPoolExecutor(2) as pool, self.stdout, self.stderr:
+            out, err = (pool.submit(pipe.read) for pipe in (self.stdout, self.stderr))
+            try:
+                self.wait(timeout)
+            except subprocess.TimeoutExpired:
+                self.kill()
+                raise
+            return out.result(), err.result()
+
+
+class ForkServer:
+    """The process that forks; it ends with the context, or with the process that entered it."""
+
+    def __enter__(self) -> Self:
+        self.socket, theirs = socket.socketpair()
+        self.lock = threading.Lock()
+        kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, __file__],
+                env=kept | {"OPENBLAS_NUM_THREADS": "1"},  # a thread would not be in the forks
+                stdin=theirs.fileno(),
+                stdout=subprocess.DEVNULL,
+            )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.socket.close()
+        self.process.wait()
+
+    def start(self, command: list[str], cwd: Path | None, environment: dict[str, str]) -> Forked:
+        """Starts a run with the arguments of a command line ``python main.py …``."""
+        request = {"arguments": command[2:], "cwd": str(cwd or Path.cwd()), "env": environment}
+        body = json.dumps(request).encode()
+        ours, status = socket.socketpair()
+        (read_out, out), (read_err, err) = os.pipe(), os.pipe()
+        with self.lock, status:
+            socket.send_fds(self.socket, [INT.pack(len(body))], [status.fileno(), out, err])
+            self.socket.sendall(body)
+        os.close(out)
+        os.close(err)
+        return Forked(command, ours, read_out, read_err)
+
+
+# --- the process that forks ----------------------------------------------------------------------
+
+
+def serve() -> Any:
+    """Forks for each request and returns, in the fork, what it is to run."""
+    control = socket.socket(fileno=os.dup(0))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends when nobody can ask any more
+    while True:
+        length, descriptors, *_ = socket.recv_fds(control, INT.size, 3)
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, 0 if not length else os.WNOHANG)[0]:
+                pass
+        if not length:
+            sys.exit()
+        body = control.recv(INT.unpack(length)[0], socket.MSG_WAITALL)
+        if os.fork() == 0:
+            # Who waits for the program, to tell how it ended.
+            control.close()
+            status, *pipes = descriptors
+            program = os.fork()
+            if not program:
+                os.close(status)
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                for number, descriptor in enumerate([os.open(os.devnull, os.O_RDONLY), *pipes]):
+                    os.dup2(descriptor, number)
+                    os.close(descriptor)
+                return json.loads(body)
+            for descriptor in pipes:
+                os.close(descriptor)
+            os.write(status, INT.pack(program))
+            os.write(status, INT.pack(os.waitpid(program, 0)[1]))
+            os._exit(0)
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def run() -> None:
+    """What ``python main.py`` does, from an environment with the packages on."""
+    sys.path[0] = str(MAIN.parent.parent)
+    from sequra_challenge import main
+
+    main.import_packages()
+    del sys.modules[main.__name__]
+    code = compile(MAIN.read_bytes(), str(MAIN), "exec")
+    request = serve()
+    os.chdir(request["cwd"])
+    os.environ.clear()
+    os.environ.update(request["env"])
+    tempfile.tempdir = None
+    sys.argv = [str(MAIN), *request["arguments"]]
+    sys.path[0] = str(MAIN.parent)
+    program = sys.modules["__main__"] = types.ModuleType("__main__")
+    program.__file__ = str(MAIN)
+    exec(code, program.__dict__)
+
+
+if __name__ == "__main__":
+    run()
