@@ -245,12 +245,12 @@ def import_packages() -> None:
 
 
 def sizes(**changes: Any) -> contextlib.AbstractContextManager[Any]:
-    """The program with other sizes of its batches: READ_CHARACTERS, BATCH_RECORDS and so on."""
+    """The program with other sizes of its batches: READ_CHARACTERS, CHUNK_RECORDS and so on."""
     return mock.patch.multiple(main, **changes) if changes else contextlib.nullcontext()
 
 
 READ_CHARACTERS, CSV_ROWS = main.READ_CHARACTERS, main.CSV_ROWS
-CHUNK_RECORDS = main.CHUNK_BATCHES * main.BATCH_RECORDS
+CHUNK_RECORDS = main.CHUNK_RECORDS
 
 
 def without_pauses() -> mock._patch[Any]:
@@ -265,28 +265,27 @@ def without_log() -> mock._patch[Any]:
 
 def batches_of(path: Path) -> Iterator[Records]:
     """The records of a file in batches, as the program reads them."""
-    return main.read_batches(path)
+    return main.read_records(path)
 
 
 def read_records(path: Path) -> Iterator[Record]:
     """The records of a file one by one."""
     for batch in batches_of(path):
-        assert 0 < len(batch) <= main.BATCH_RECORDS
         yield from batch
 
 
 def fetch_records(config: Config, folder: Path) -> Records:
     """What the program reads from the source of a configuration."""
-    return list(itertools.chain(*main.read_batches(main.extract(config, folder, {}))))
+    return list(itertools.chain(*main.read_records(main.extract(config, folder, {}))))
 
 
 def csv_of(records: Iterable[Record], table: Table, null: str = NULL) -> str:
     """The CSV of a table that the program makes of records, which it gets in two batches."""
-    records, served = list(records), main.Fields(set)
-    columns: main.Columns = {column.name: [] for column in table.columns}
+    records, names = list(records), main.FieldNames(set)
+    columns = main.no_rows(table)
     for batch in (records[:2], records[2:]):
-        main.flatten(batch, table, columns, served)
-    return main.csv_rows(main.transform(columns, table), null).decode()
+        main.flatten(batch, table, columns, names)
+    return main.to_csv(main.to_frame(table, columns), null).decode()
 
 
 def rows_of(records: Iterable[Record], table: Table, null: str = "NULL") -> list[list[str]]:
@@ -296,27 +295,31 @@ def rows_of(records: Iterable[Record], table: Table, null: str = "NULL") -> list
 
 def warn_of_drift(records: Iterable[Record], tables: tuple[Table, ...]) -> None:
     """Logs how the fields of records, transformed one by one, differ from the tables' columns."""
-    served = main.Fields(set)
+    names = main.FieldNames(set)
     for record in records:
         for table in tables:
-            main.flatten([record], table, {column.name: [] for column in table.columns}, served)
-    main.warn_of_drift(tables, served)
+            main.flatten([record], table, main.no_rows(table), names)
+    main.warn_of_drift(tables, names)
 
 
 def parts_of(body: bytes, config: Config) -> Iterator[tuple[Table, list[str], int, str]]:
     """For each table its CSV files, the number of rows, and the text that stands for NULL."""
-    with tempfile.TemporaryDirectory() as folder:
+    # A thread may still write a part, when the transform has failed.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         source = Path(folder) / "source"
         source.write_bytes(body)
-        run, rows = main.Run(config, Path(folder)), dict[str, int]()
-        for parts in main.transform_to_parts(run, source, None, rows):
-            texts = [gzip.decompress(file.read_bytes()).decode() for file in parts.parts]
-            yield parts.table, texts, rows[parts.table.name], run.null
+        stager = main.Stager(main.Run(config), Path(folder), None)
+        main.stage_rows(source, stager)
+        for table in config.tables:
+            files = stager.parts[table.name]
+            texts = [gzip.decompress(file.read_bytes()).decode() for file in files]
+            yield table, texts, stager.run.rows[table.name], stager.run.null
 
 
-def run_pipeline(config: Config, **changes: Any) -> int:
-    """A run in this process, of a configuration with other settings; gives its exit status."""
-    return main.run_pipeline(replace(config, **changes), allow_shrink=True)
+def run_pipeline(config: Config, url: str) -> int:
+    """A run in this process, of a configuration with another URL; gives its exit status."""
+    source = replace(config.source, url=url)
+    return main.run_pipeline(replace(config, source=source), allow_shrink=True)
 
 
 def shorten(value: Any) -> str:
@@ -333,14 +336,14 @@ create_sql, doubles_sql = main.create_sql, main.doubles_sql
 def run_of(config: Config) -> main.Run:
     """A run that began on 29 February 2024, and has the id 20240229T235958.000007Z-0a1b2c3d."""
     started = datetime(2024, 2, 29, 23, 59, 58, 7, UTC)
-    return main.Run(config, Path("/nowhere"), started=started, token="0a1b2c3d")
+    return main.Run(config, started=started, token="0a1b2c3d")
 
 
 def copy_sql(config: Config, table: Table) -> tuple[str, str]:
     """The statements that make a temporary table and fill it."""
-    return main.copy_sql(run_of(config), table, "eu-west-1")
+    return main.create_staging_sql(table), main.copy_sql(run_of(config), table, "eu-west-1")
 
 
 def swap_sql(config: Config, table: Table) -> tuple[str, str]:
     """The statements that replace a table's rows."""
-    return main.swap_sql(run_of(config), table)
+    return main.delete_sql(table), main.insert_sql(run_of(config), table)

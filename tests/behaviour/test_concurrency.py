@@ -15,7 +15,7 @@ import psycopg
 import pytest
 import yaml
 
-from helpers import AUDIT, CORES, LAUNCHES, LOAD_TRIES, SHIPPED, Done, loaded, run_id
+from helpers import AUDIT, CORES, LAUNCHES, SHIPPED, Done, loaded, run_id
 from helpers import fewer_launches as launches
 from sandbox import SAMPLE, Sandbox
 
@@ -370,30 +370,3 @@ def test_upserts_at_once(sandbox: Sandbox, tmp_path: Path, configure: Configure)
     elements = sandbox.query(f"SELECT launch_id, _run_id FROM {CORES}")
     assert len(elements) == cores(30)
     assert all(last_of.get(row["launch_id"], row["_run_id"]) == row["_run_id"] for row in elements)
-
-
-def test_loaders_without_an_audit_table(
-    sandbox: Sandbox, tmp_path: Path, configure: Configure
-) -> None:
-    """Nothing makes them take turns but Redshift, which undoes all but one of them."""
-    config = configure({"audit_table": None})
-    loaded(sandbox, "--config", config)
-    counts = [30, 29, 28]
-    arguments = [[*each, "--config", config] for each in documents(tmp_path, counts)]
-    ends = at_once(sandbox, arguments)
-    well = {
-        run_id(done): count
-        for done, count in zip(ends, counts, strict=True)
-        if done.returncode == 0
-    }
-    assert well
-    for done in ends:
-        log = done.stderr
-        assert "Traceback" not in log
-        if done.returncode:
-            assert done.returncode == 1
-            assert log.count("trying again") == LOAD_TRIES - 1
-            assert re.search(r" ERROR +load: .*1023.* Serializable isolation violation", log), log
-    count, run = check_complete(sandbox)
-    assert well[run] == count
-    assert not sandbox.query("SELECT 1 FROM pg_tables WHERE tablename = 'etl_runs'")

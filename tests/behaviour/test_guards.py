@@ -524,7 +524,7 @@ def test_loaded_after_it_was_started(sandbox: Sandbox, monkeypatch: pytest.Monke
     config = load_config(PIPELINE)
     for _ in range(8):
         time.sleep(1.005 - time.time() % 1)
-        assert run_pipeline(config, url=sandbox.source.url) == 0
+        assert run_pipeline(config, sandbox.source.url) == 0
     assert sandbox.query(f"SELECT * FROM {AUDIT} WHERE started_at > _loaded_at") == []
 
 
@@ -571,18 +571,6 @@ def test_replay_from_the_raw_response(sandbox: Sandbox) -> None:
     for row in rows:
         assert row["raw"] != run["raw"]
         assert gzip.decompress(sandbox.objects()[key(row["raw"])]) == body
-
-
-def test_no_audit_table(sandbox: Sandbox, settings: Settings, configure: Configure) -> None:
-    settings["redshift"]["audit_table"] = None
-    config = configure(settings)
-    start = len(sandbox.redshift.statements)
-    for _ in range(2):
-        loaded(sandbox, "--config", config)
-    assert set(state(sandbox)) == {LAUNCHES, CORES}
-    assert (count(sandbox, LAUNCHES), count(sandbox, CORES)) == (30, 38)
-    statements = sandbox.redshift.statements[start:]
-    assert not [text for text in statements if "etl_runs" in text or text.startswith("LOCK")]
 
 
 def test_audit_table_of_another_name(

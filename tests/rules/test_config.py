@@ -87,18 +87,15 @@ def faults(path: Path) -> list[str]:
 
 def test_a_valid_file_is_read(change: Change) -> None:
     config = load_config(change("staging / kms_key", "alias/loads"))
-    assert (config.url, config.bucket, config.prefix, config.kms_key, config.secret) == (
-        "https://example.org/v5/launches",
-        "bucket",
-        "spacex",
-        "alias/loads",
-        "redshift/spacex",
-    )
+    staging = config.staging
+    assert (staging.bucket, staging.prefix, staging.kms_key) == ("bucket", "spacex", "alias/loads")
+    assert config.source.url == "https://example.org/v5/launches"
+    assert config.redshift.secret == "redshift/spacex"
     launches, cores = config.tables
     assert (launches.name, launches.key, launches.mode) == ("public.launches", ("id",), "upsert")
     assert (launches.sort_key, launches.dist_key) == (("date_utc",), "id")
-    assert (launches.rows, launches.parent) == ((), None)
-    assert (cores.mode, cores.rows, cores.parent) == ("replace", ("cores",), "launch")
+    assert (launches.rows, launches.parent) == ("", None)
+    assert (cores.mode, cores.rows, cores.parent) == ("replace", "cores", "launch")
     assert (cores.key, cores.sort_key, cores.dist_key) == (("launch_id", "position"), (), None)
     small = launches.columns[2]
     assert small.path == ("links", "patch", "small")
@@ -433,16 +430,17 @@ def test_a_scalar_is_the_text_that_stands_there(write: Write) -> None:
         """
 source: {url: x, max_wait: "007", headers: {X-Version: 1.10, X-Day: 2026-11-22, X-Flag: on}}
 staging: {bucket: 123, prefix: 2026, part_mb: "1"}
-redshift: {secret: s, audit_table: "null", connect_seconds: 0}
+redshift: {secret: s, audit_table: "null.x", connect_seconds: 0}
 alerts: {on: success}
 tables: {public.t: {key: a, columns: {a: date}}}
 """
     )
     config = load_config(path)
-    assert (config.bucket, config.prefix, config.audit_table) == ("123", "2026", None)
-    assert (config.max_wait, config.part_mb, config.connect_seconds) == (7, 1, 0)
-    assert config.headers == {"X-Version": "1.10", "X-Day": "2026-11-22", "X-Flag": "on"}
-    assert (config.on, config.tables[0].min_rows) == (("success",), 1)
+    source, staging, redshift = config.source, config.staging, config.redshift
+    assert (staging.bucket, staging.prefix, redshift.audit_table) == ("123", "2026", "null.x")
+    assert (source.max_wait, staging.part_mb, redshift.connect_seconds) == (7, 1, 0)
+    assert source.headers == {"X-Version": "1.10", "X-Day": "2026-11-22", "X-Flag": "on"}
+    assert (config.alerts.on, config.tables[0].min_rows) == (("success",), 1)
 
 
 @pytest.mark.parametrize("null", ["", "~", "null", "Null", "NULL"])
@@ -453,7 +451,7 @@ source:
   url: x
   records: {null}
 staging: {{bucket: bucket, prefix: spacex, kms_key: {null}, part_mb: {null}}}
-redshift: {{secret: s, audit_table: {null}}}
+redshift: {{secret: s, copy_role: {null}}}
 alerts: {null}
 tables:
   public.t:
@@ -465,10 +463,15 @@ tables:
 """
     )
     config = load_config(path)
-    assert (config.records, config.kms_key, config.part_mb) == (None, None, 64)
-    assert config.audit_table is None, "null turns the audit table off"
-    assert (config.on, config.slack_webhook_secret) == (("failure",), None)
-    assert (config.tables[0].rows, config.tables[0].sort_key) == ((), ())
+    assert (config.source.records, config.redshift.copy_role) == ("", None)
+    assert (config.staging.kms_key, config.staging.part_mb) == (None, 64)
+    assert (config.alerts.on, config.alerts.slack_webhook_secret) == (("failure",), None)
+    assert (config.tables[0].rows, config.tables[0].sort_key) == ("", ())
+
+
+def test_the_audit_table_cannot_be_turned_off(change: Change) -> None:
+    (fault,) = faults(change("redshift / audit_table", "null"))
+    assert fault.startswith("redshift.audit_table: cannot be null, ")
 
 
 def test_headers_take_secrets_from_the_environment(
@@ -476,7 +479,7 @@ def test_headers_take_secrets_from_the_environment(
 ) -> None:
     monkeypatch.setenv("API_TOKEN", "t0ken")
     config = load_config(change("source / headers", {"Authorization": "Bearer ${API_TOKEN}"}))
-    assert config.headers == {"Authorization": "Bearer t0ken"}
+    assert config.source.headers == {"Authorization": "Bearer t0ken"}
 
 
 @pytest.mark.parametrize(
@@ -498,14 +501,14 @@ def test_the_copy_role(
 ) -> None:
     if environment is not None:
         monkeypatch.setenv("AWS_ROLE_ARN", environment)
-    assert load_config(change("redshift / copy_role", configured)).copy_role == used
+    assert load_config(change("redshift / copy_role", configured)).redshift.copy_role == used
 
 
 def test_the_role_of_the_environment_is_used_where_the_setting_is_absent(
     change: Change, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_ROLE_ARN", ROLE)
-    assert load_config(change("redshift / secret", "spacex")).copy_role == ROLE
+    assert load_config(change("redshift / secret", "spacex")).redshift.copy_role == ROLE
 
 
 def paths_in(value: Any, at: tuple[str, ...] = ()) -> set[tuple[str, ...]]:

@@ -495,7 +495,7 @@ def expected_rows(table: Table, number: int, record: Any) -> Rows:
     sources = [record]
     if table.rows:
         # A box that is no object is refused by the table of the items.
-        elements = dug(record, ".".join(table.rows))
+        elements = dug(record, table.rows)
         require(elements is None or isinstance(elements, list))
         sources = []
         for position, element in enumerate(elements or [], 1):
@@ -632,8 +632,8 @@ def names_a_record(message: str, document: list[Any], faulty: list[int]) -> bool
 
 SIZES = st.fixed_dictionaries(
     {
-        "BATCH_RECORDS": st.sampled_from([1, 2, 3, 7]),
-        "CHUNK_BATCHES": st.sampled_from([1, 2, 3]),
+        "CHUNK_RECORDS": st.sampled_from([1, 3, 7]),
+        "CHUNK_PIECES": st.sampled_from([1, 2, 3]),
         "CSV_ROWS": st.sampled_from([1, 2, 300]),
         "READ_CHARACTERS": st.sampled_from([7, 100, 1 << 20]),
     }

@@ -227,20 +227,19 @@ DOCUMENTS = st.lists(
 @given(
     DOCUMENTS,
     st.integers(1, 64),
-    BATCHES,
     st.sampled_from([None, 0, 1, 4, "\t", "lines"]),
     st.booleans(),
 )
 @settings(max_examples=150, deadline=None)
 def test_the_records_are_those_of_the_document(
-    document: list[dict[str, Any]], size: int, batch: int, indent: int | str | None, escaped: bool
+    document: list[dict[str, Any]], size: int, indent: int | str | None, escaped: bool
 ) -> None:
     if indent == "lines":
         text = "\n".join(json.dumps(record, ensure_ascii=escaped) for record in document)
     else:
         text = json.dumps(document, indent=indent, ensure_ascii=escaped)
     served = json.loads(json.dumps(document), parse_float=Decimal)
-    with tempfile.TemporaryDirectory() as folder, sizes(READ_CHARACTERS=size, BATCH_RECORDS=batch):
+    with tempfile.TemporaryDirectory() as folder, sizes(READ_CHARACTERS=size):
         path = Path(folder) / "response"
         path.write_bytes(text.encode())
         assert list(read_records(path)) == served
@@ -395,8 +394,8 @@ def test_every_value_is_in_redshift(
     at_hand: Sandbox, records: list[dict[str, Any]], batch: int
 ) -> None:
     at_hand.source.body = encoded(records).encode()
-    with sizes(BATCH_RECORDS=batch, CHUNK_BATCHES=2):
-        assert run_pipeline(ALL_TYPES, url=at_hand.source.url) == 0
+    with sizes(CHUNK_RECORDS=batch):
+        assert run_pipeline(ALL_TYPES, at_hand.source.url) == 0
 
     rows = {row["id"]: row for row in at_hand.query("SELECT * FROM public.things")}
     assert rows.keys() == {record["id"] for record in records}
