@@ -1137,7 +1137,8 @@ def test_disk_is_full(
     noise = {"noise": random.Random(1).randbytes(20_000).hex()}
     world.sandbox.source.body = json.dumps([first | noise, *others]).encode()
     world.temporary = tiny_disk(kilobytes)
-    world.check(world.run(), "old", 1, f"^{step}: .*No space left on device")
+    full = f"^{step}: .*No space left on device.* in {re.escape(str(world.temporary))}$"
+    world.check(world.run(), "old", 1, full)
     world.temporary = tiny_disk(1024)
     world.works()
 

@@ -1,11 +1,13 @@
-"""How fast main.py is, beside pandas, awswrangler, dlt and the floor under them all.
+"""How fast main.py is, beside other tools, the floor under them all, and itself as it was.
 
     python tests/bench/compare.py                 all that follows
     python tests/bench/compare.py --sizes 20000   one JSON file to staged files, by size
     python tests/bench/compare.py --special       records out of the ordinary
     python tests/bench/compare.py --small         205 launches from the source to the database
+    python tests/bench/compare.py --against FILE  any of these with another main.py beside it,
+                                                  whose CSV must be the same
 
-Prints tables in Markdown, and draws compare.png when it measures several sizes. Each run is a
+Prints tables in Markdown, and draws compare.png of several sizes. Each run is a
 process of its own, the contenders take turns, the tables show medians. Needs the extra `dev`;
 inputs and the other tools' environments are kept in .cache/bench.
 """
@@ -42,6 +44,8 @@ BENCH = Path(__file__).resolve().parent
 ROOT = BENCH.parent.parent
 MAIN, CONFIG = ROOT / "sequra_challenge" / "main.py", ROOT / "conf" / "pipeline.yaml"
 PINNED = {
+    "duckdb": ["duckdb==2.0.1"],
+    "polars": ["polars==2.1.0"],
     "awswrangler": ["awswrangler[redshift]==3.17.1", "pandas==3.1.1", "pyarrow==25.0.1"],
     "dlt": ["dlt[filesystem,redshift]==1.31.0"],
     "plot": ["matplotlib==3.11.2"],
@@ -49,16 +53,18 @@ PINNED = {
 TITLES = {
     "ours": "main.py",
     "both": "main.py, both tables",
+    "duckdb": "DuckDB",
+    "polars": "polars",
     "pandas": "pandas",
     "awswrangler": "awswrangler",
     "dlt": "dlt",
     "floor": "json.loads and zlib alone",
     "imports": "importing main.py's packages",
 }
-PEERS = ["both", "pandas", "awswrangler", "dlt", "floor"]
+PEERS = ["both", "duckdb", "polars", "pandas", "awswrangler", "dlt", "floor"]
 SIZES = [20_000, 100_000, 1_000_000]
 MOST = 100_000  # for all but these, which do not hold all launches in memory:
-STREAMING = ("ours", "floor")
+STREAMING = ("ours", "duckdb", "floor")
 
 
 class Usage(NamedTuple):
@@ -89,23 +95,31 @@ def measure(command: list[Any], folder: Path, environment: dict[str, str]) -> Us
     return Usage(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1000)
 
 
-def in_turn(names: list[str], repeats: int, run: Callable[[str, bool], Usage]) -> dict[str, Usage]:
-    """The medians of each contender: the first run of each, then the next of each."""
+def in_turn(
+    names: list[str], repeats: int, run: Callable[[str, bool], Usage]
+) -> dict[str, list[Usage]]:
+    """The runs of each contender: the first run of each, then the next of each."""
     runs: dict[str, list[Usage]] = {name: [] for name in names}
     for number in range(repeats):
         for name, usages in runs.items():
             usages.append(run(name, number == 0))
             note(f"  {name}: {usages[-1].wall:.2f} s, {usages[-1].memory:.0f} MB")
-    return {name: Usage(*map(median, zip(*usages, strict=True))) for name, usages in runs.items()}
+    return runs
 
 
-def print_table(title: str, medians: dict[str, Usage], rows: int) -> None:
+def of_each(figure: Callable[..., float], usages: list[Usage]) -> Usage:
+    """A figure of several runs, such as the median, of each thing measured."""
+    return Usage(*map(figure, zip(*usages, strict=True)))
+
+
+def print_table(title: str, runs: dict[str, list[Usage]], rows: int) -> None:
     """Prints the medians, and how many times those of main.py they are."""
     print(f"\n| {title} | launches a second | seconds | CPU seconds | peak memory, MB |")
     print("| --- | ---: | ---: | ---: | ---: |")
-    for name, usage in medians.items():
+    for name, usages in runs.items():
+        usage = of_each(median, usages)
         cells = [TITLES[name], f"{rows / usage.wall:,.0f}"]
-        for value, base in zip(usage, medians["ours"], strict=True):
+        for value, base in zip(usage, of_each(median, runs["ours"]), strict=True):
             ratio = f" ({value / base:.2f}x)" if name != "ours" else ""
             cells.append(f"{value:,.{0 if value >= 20 else 2}f}{ratio}")
         print(f"| {' | '.join(cells)} |", flush=True)
@@ -128,9 +142,9 @@ def check(rows: int, *command: Any, **environment: str) -> None:
 class Bench:
     """The folder with inputs, environments and what a run writes, and the servers meanwhile."""
 
-    def __init__(self, folder: Path, servers: contextlib.ExitStack) -> None:
-        self.folder, self.servers = folder, servers
-        self.run = folder / "run"
+    def __init__(self, folder: Path, servers: contextlib.ExitStack, against: Path | None) -> None:
+        self.folder, self.servers, self.against = folder, servers, against
+        self.run, self.kept = folder / "run", folder / "kept"
         self.shipped = yaml.safe_load(CONFIG.read_text())
         self.table = self.shipped["tables"]["public.launches"]
 
@@ -209,9 +223,9 @@ class Bench:
         return f"http://127.0.0.1:{port}"
 
 
-def dry_run(config: Path, source: Path) -> list[Any]:
+def dry_run(config: Path, source: Path, program: Path = MAIN) -> list[Any]:
     """The command of main.py that stages in $TMPDIR and goes no further."""
-    return [sys.executable, MAIN, "--dry-run", "--config", config, "--source", source]
+    return [sys.executable, program, "--dry-run", "--config", config, "--source", source]
 
 
 # --- the tables ----------------------------------------------------------------------------------
@@ -225,12 +239,13 @@ def time_sizes(bench: Bench, peers: list[str], sizes: list[int], repeats: int) -
         environment |= {"AWS_ENDPOINT_URL": moto, "AWS_DEFAULT_REGION": "us-east-1"}
         environment |= dict.fromkeys(("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), "bench")
     results = []
+    asked = ["ours", *dict.fromkeys(["against", "both", *peers] if bench.against else peers)]
     for rows in sizes:
-        names = [name for name in ["ours", *peers] if rows <= MOST or name in STREAMING]
+        names = [name for name in asked if rows <= MOST or name in STREAMING]
         medians = time_size(bench, names, rows, repeats, environment, rows == min(sizes))
         for name, usage in medians.items():
             results.append({"name": TITLES[name], "rows": rows} | usage._asdict())
-    if len(sizes) > 1:
+    if len(sizes) > 1 and not bench.against:
         path = bench.folder / "results.json"
         path.write_text(json.dumps(results))
         plot = [bench.python("plot"), BENCH / "plot.py", path, BENCH / "compare.png"]
@@ -252,6 +267,8 @@ def time_size(
     parquet = "s3://bench/launches.parquet"
     (level,) = re.findall(r"^GZIP_LEVEL = (\d)", MAIN.read_text(), re.MULTILINE)
     jobs: dict[str, list[Any]] = {
+        "duckdb": [source, staged, json.dumps(bench.table["columns"])],
+        "polars": [source, staged],
         "pandas": [source, staged],
         "awswrangler": [source, parquet],
         "dlt": [source, bench.run],
@@ -259,6 +276,8 @@ def time_size(
     }
     commands = {name: bench.tool(name, name, *jobs[name]) for name in names if name in jobs}
     commands |= {"ours": dry_run(config, source), "both": dry_run(CONFIG, source)}
+    if bench.against:
+        commands["against"] = dry_run(CONFIG, source, bench.against)
 
     def stage(name: str, first: bool) -> Usage:
         bench.clear()
@@ -271,12 +290,25 @@ def time_size(
             parts = sorted(bench.run.glob("sequra-*/public.launches.*.csv.gz"))
             with csv.open("wb") as file:
                 subprocess.run(["gzip", "-dc", *parts], stdout=file, check=True)
+        if first and name == "against":
+            shutil.rmtree(bench.kept, ignore_errors=True)
+            bench.run.rename(bench.kept)
+        elif first and name == "both" and bench.against:
+            check(rows, sys.executable, BENCH / "verify.py", bench.run, "--against", bench.kept)
         return usage
 
-    medians = in_turn(names, repeats, stage)
+    runs = in_turn(names, repeats, stage)
     size = source.stat().st_size / 1e6
-    print_table(f"{rows:,} launches, {size:.0f} MB of JSON", medians, rows)
-    return medians
+    print_table(f"{rows:,} launches, {size:.0f} MB of JSON", runs, rows)
+    if "against" in runs:
+        # Of the least disturbed runs: on a busy machine the medians differ with equal programs.
+        least, base = of_each(min, runs["both"]), of_each(min, runs["against"])
+        print(
+            f"\nBoth tables beside {bench.against.name}, best of {repeats} runs: "
+            f"{least.wall / base.wall:.2f} times the seconds, {least.cpu / base.cpu:.2f} times the "
+            f"CPU seconds, {least.memory / base.memory:.2f} times the memory. The CSV is the same."
+        )
+    return {name: of_each(median, usages) for name, usages in runs.items()}
 
 
 def time_special(bench: Bench) -> None:
@@ -299,7 +331,7 @@ def time_special(bench: Bench) -> None:
         print(f"| {rows:,} {title} | {figures} | {usage.memory:.0f} |", flush=True)
 
 
-def time_small(bench: Bench, repeats: int) -> None:
+def time_small(bench: Bench, peers: list[str], repeats: int) -> None:
     """As many launches as the API has, from an HTTP server into tests/sandbox.py's database."""
     rows, environment = 205, {"RUNTIME__DLTHUB_TELEMETRY": "false"}
     source = bench.input(f"launches-{rows}", launches(rows))
@@ -316,16 +348,19 @@ def time_small(bench: Bench, repeats: int) -> None:
             environment[name] = value
     environment["AWS_DEFAULT_REGION"] = environment["AWS_REGION"]
     sql = [*shlex.split(psql), "-qAtc"]
-    # A function of Redshift that dlt uses and the sandbox lacks.
-    function = "CREATE FUNCTION json_parse(text) RETURNS jsonb IMMUTABLE RETURN $1::jsonb"
-    subprocess.run([*sql, function], check=True)
+    commands: dict[str, list[Any]] = {"ours": [sys.executable, MAIN, "--source", url]}
+    if bench.against:
+        commands["against"] = [sys.executable, bench.against, "--config", CONFIG, "--source", url]
+    jobs = {"awswrangler": [url, bucket, secret], "dlt": [url, bench.run, secret]}
+    for name in peers:
+        if name in jobs:
+            commands[name] = bench.tool(name, f"load_{name}", *jobs[name])
+    if "dlt" in peers:
+        # A function of Redshift that dlt uses and the sandbox lacks.
+        function = "CREATE FUNCTION json_parse(text) RETURNS jsonb IMMUTABLE RETURN $1::jsonb"
+        subprocess.run([*sql, function], check=True)
     packages = "import requests, pandas, boto3, yaml, redshift_connector"
-    commands = {
-        "ours": [sys.executable, MAIN, "--source", url],
-        "awswrangler": bench.tool("awswrangler", "load_awswrangler", url, bucket, secret),
-        "dlt": bench.tool("dlt", "load_dlt", url, bench.run, secret),
-        "imports": [sys.executable, "-c", packages],
-    }
+    commands["imports"] = [sys.executable, "-c", packages]
 
     def load(name: str, _: bool) -> Usage:
         usage = measure(commands[name], bench.run, environment)
@@ -335,7 +370,12 @@ def time_small(bench: Bench, repeats: int) -> None:
             check(rows, *sql, f"WITH deleted AS ({delete}) SELECT count(*) FROM deleted")
         return usage
 
-    print_table(f"{rows} launches into the database", in_turn(list(commands), repeats, load), rows)
+    runs = in_turn(list(commands), repeats, load)
+    print_table(f"{rows} launches into the database", runs, rows)
+    cpu = {name: of_each(min, usages).cpu for name, usages in runs.items()}
+    for name in ["ours", "against"] if bench.against else ["ours"]:
+        times = f"{cpu[name] / cpu['imports']:.2f} times the CPU seconds of importing the packages"
+        print(f"\n{TITLES[name]}, best of {repeats}: {times}.")
 
 
 def machine() -> str:
@@ -343,7 +383,7 @@ def machine() -> str:
     model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     tools = [f"pandas {version('pandas')}"]
-    tools += [re.sub(r"\[.*==", " ", PINNED[name][0]) for name in ("awswrangler", "dlt")]
+    tools += [re.sub(r"(\[.*)?==", " ", PINNED[name][0]) for name in PINNED if name in PEERS]
     return (
         f"{datetime.now(UTC):%d %B %Y}, {model[1] if model else platform.machine()}, "
         f"{os.cpu_count()} cores, {memory:.0f} GB, Python {platform.python_version()}, "
@@ -360,20 +400,23 @@ def main() -> None:
     option("--sizes", type=int, nargs="+", metavar="N", help=f"default: {SIZES}")
     option("--special", action="store_true")
     option("--small", action="store_true")
-    option("--contenders", nargs="*", choices=PEERS, default=PEERS, help="beside main.py, by size")
+    option("--against", type=Path, metavar="FILE", help="another main.py, to compare with")
+    option("--contenders", nargs="*", choices=PEERS, default=PEERS, help="beside main.py")
     option("--repeats", type=int, default=3, help="default: 3; --small makes three times as many")
     option("--folder", type=Path, default=ROOT / ".cache" / "bench", help="default: .cache/bench")
     given = parser.parse_args()
     everything = not (given.sizes or given.special or given.small)
     given.folder.mkdir(parents=True, exist_ok=True)
+    if given.against:
+        TITLES["against"] = f"{given.against.name}, both tables"
     with contextlib.ExitStack() as servers:
-        bench = Bench(given.folder.resolve(), servers)
+        bench = Bench(given.folder.resolve(), servers, given.against)
         if given.sizes or everything:
             time_sizes(bench, given.contenders, given.sizes or SIZES, given.repeats)
         if given.special or everything:
             time_special(bench)
         if given.small or everything:
-            time_small(bench, 3 * given.repeats)
+            time_small(bench, given.contenders, 3 * given.repeats)
         bench.clear()
     print(f"\n{machine()}")
 
