@@ -13,6 +13,7 @@ import itertools
 import json
 import re
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from datetime import UTC, date, datetime
@@ -25,7 +26,7 @@ from unittest import mock
 
 import yaml
 
-from sandbox import PIPELINE, SAMPLE, Sandbox, answer
+from sandbox import BUCKET, PIPELINE, SAMPLE, SECRET, Sandbox, answer
 from sequra_challenge import main
 from sequra_challenge.main import Config, Table
 from sequra_challenge.main import ConfigError as ConfigError
@@ -84,6 +85,23 @@ def shipped_with(folder: Path, **sections: dict[str, Any]) -> tuple[str, Path]:
     return write_yaml(folder / "pipeline.yaml", document)
 
 
+THINGS: dict[str, Any] = {
+    "public.things": {"key": "id", "columns": {"id": "integer not null", "name": "varchar(64)"}}
+}
+
+
+def things_config(folder: Path, url: str, tables: Any = None, **source: Any) -> Path:
+    """A configuration for an API of things, page by page; a setting that is None is left out."""
+    source = {"url": url, "records": "results", "next": "next"} | source
+    sections = {
+        "source": {name: value for name, value in source.items() if value is not None},
+        "staging": {"bucket": BUCKET, "prefix": "things"},
+        "redshift": {"secret": SECRET},
+        "tables": tables or THINGS,
+    }
+    return write_yaml(folder / "things.yaml", sections)[1]
+
+
 # --- documents and sources -----------------------------------------------------------------------
 
 
@@ -115,6 +133,16 @@ def responds(status: int, body: object = b"", **headers: str) -> Answer:
     """Answers with bytes as they are, or with anything else as JSON."""
     text = body if isinstance(body, bytes) else json.dumps(body).encode()
     return lambda handler: answer(handler, status, text, **headers)
+
+
+def things(*ids: int) -> Records:
+    """Records of the API of things."""
+    return [{"id": number, "name": f"a{number}"} for number in ids]
+
+
+def page(records: Records, following: object = None) -> Answer:
+    """Answers with a page of the API of things."""
+    return responds(200, {"results": records, "next": following})
 
 
 # --- runs ----------------------------------------------------------------------------------------
@@ -253,9 +281,17 @@ READ_CHARACTERS, CSV_ROWS = main.READ_CHARACTERS, main.CSV_ROWS
 CHUNK_RECORDS = main.CHUNK_BATCHES * main.BATCH_RECORDS
 
 
-def without_pauses() -> mock._patch[Any]:
-    """The program without its pauses; entering it gives the mock that is called instead."""
-    return mock.patch.object(main.time, "sleep")
+@contextlib.contextmanager
+def without_pauses() -> Iterator[list[float]]:
+    """The program's pauses, which are not made; but its clock goes on as if they were."""
+    pauses: list[float] = []
+    real = time.monotonic
+
+    def monotonic() -> float:
+        return real() + sum(pauses)
+
+    with mock.patch.multiple(main.time, sleep=pauses.append, monotonic=monotonic):
+        yield pauses
 
 
 def without_log() -> mock._patch[Any]:
