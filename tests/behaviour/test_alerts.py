@@ -182,7 +182,7 @@ def ended(process: Process) -> Done:
     return Done(process.args, process.wait(), "", stderr)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=str)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_run(sandbox: Sandbox, configure: Configure, number: signal.Signals) -> None:
     waiting, over = threading.Event(), threading.Event()
 
@@ -337,7 +337,6 @@ def test_a_huge_success(sandbox: Sandbox, configure: Configure) -> None:
         ([], {"staging": {"bucket": "B"}}, 2),
         (["--log-format", "xml"], {}, 2),
     ],
-    ids=str,
 )
 def test_nobody_is_alerted(
     sandbox: Sandbox,
@@ -362,7 +361,6 @@ def test_nobody_is_alerted(
         {"slack_webhook_secret": f"https://hooks.slack.com/services/{WEBHOOK}"},
         {"slack_channel": "#etl"},
     ],
-    ids=str,
 )
 def test_wrong_settings(sandbox: Sandbox, configure: Configure, wrong: dict[str, Any]) -> None:
     done = sandbox.run(*configure(sandbox.alerts() | wrong))

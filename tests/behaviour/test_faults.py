@@ -848,7 +848,6 @@ def check_stopped(world: World, done: Done, number: int) -> None:
             [i / count for i in range(2, count + 1, 2)],
         )
     ],
-    ids=str,
 )
 def test_signal_at_any_moment(world: World, number: int, delays: list[float]) -> None:
     for delay in delays:
@@ -888,7 +887,7 @@ def signalled_at(world: World, point: tuple[str, int], number: int) -> Done:
 
 
 @pytest.mark.parametrize("part", range(PARTS))
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=str)
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_signal_at_each_statement(world: World, number: int, part: int) -> None:
     """Before the statement is run, and when it was, without its answer."""
     commit = len(world.measured.statements) - 1
@@ -914,7 +913,7 @@ def test_signal_while_tables_are_made(empty_world: World) -> None:
         empty_world.sandbox.reset()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=str)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("wait", ["source", "retry", "upload", "connect", "lock"])
 def test_signal_while_the_program_waits(world: World, number: int, wait: str) -> None:
     waiting, over = threading.Event(), threading.Event()

@@ -242,7 +242,6 @@ def closed_at_once(handler: BaseHTTPRequestHandler) -> None:
 @pytest.mark.parametrize(
     "fault",
     [half_of_a_length, half_of_the_chunks, chunks_without_an_end, reset_at_once, closed_at_once],
-    ids=lambda fault: fault.__name__,
 )
 def test_a_source_that_breaks_off_is_asked_again(
     source: Source, fetch: Fetch, pauses: list[float], fault: Answer

@@ -19,6 +19,7 @@ from helpers import (
     NULL,
     READ_CHARACTERS,
     PipelineError,
+    Record,
     Records,
     batches_of,
     config_of,
@@ -40,16 +41,11 @@ def packed(content: bytes) -> bytes:
     return gzip.compress(content, mtime=0)
 
 
-def brief(value: object) -> str:
-    """A parameter in a test's name."""
-    return ascii(value)[:40]
-
-
 @pytest.fixture
 def read(tmp_path: Path) -> Read:
     """Reads the records of a file with this content."""
 
-    def read(content: str | bytes) -> list[dict[str, Any]]:
+    def read(content: str | bytes) -> Records:
         path = tmp_path / "response"
         path.write_bytes(content.encode() if isinstance(content, str) else content)
         return list(read_records(path))
@@ -187,7 +183,7 @@ WRONG: dict[str, dict[str, str | bytes]] = {
         "array after it": "[{}] []",
         "HTML after it": "[{}]\n<!-- served in 3 ms -->",
         "text after much white space": "[{}]" + " " * 2 * READ_CHARACTERS + "garbage",
-        **{f"space {ord(each):04X} after it": "[{}]" + each for each in "\xa0\x0b\x0c\u2028"},
+        **{f"U+{ord(it):04X} after it": "[{}]" + it for it in "\xa0\x0b\x0c\u2028"},
     },
     "record 1 is not an object: null": {"null": "[null]"},
     "record 1 is not an object: [{}]": {"array in it": "[[{}]]"},
@@ -242,7 +238,7 @@ def test_what_holds_no_objects_is_refused(read: Read, content: str | bytes, said
         assert len(str(refused.value)) < 400
 
 
-# --- rows of elements ------------------------------------------------------------------------------------
+# --- rows of elements ----------------------------------------------------------------------------
 
 CORE_COLUMNS = {"launch.id": "integer", "position": "smallint", "core": "varchar(9)"}
 CORES = table_of(CORE_COLUMNS, ["launch_id", "position"], rows="stage.cores", parent="launch")
@@ -255,7 +251,7 @@ SHIPS = table_of(
 
 
 def test_elements_become_rows_with_position_and_parent() -> None:
-    records: list[dict[str, Any]] = [
+    records: Records = [
         {"id": 1, "stage": {"cores": [{"core": "a"}, {"core": "b"}]}},
         {"id": 2, "stage": {"cores": []}},
         {"id": 3, "stage": {"cores": [{"core": "c"}]}},
@@ -264,7 +260,7 @@ def test_elements_become_rows_with_position_and_parent() -> None:
 
 
 def test_elements_that_are_no_objects_become_the_value() -> None:
-    records: list[dict[str, Any]] = [{"id": 1, "ships": ["x", None]}, {"id": 2, "ships": ["y"]}]
+    records: Records = [{"id": 1, "ships": ["x", None]}, {"id": 2, "ships": ["y"]}]
     assert rows_of(records, SHIPS) == [["1", "1", "x"], ["1", "2", "NULL"], ["2", "1", "y"]]
 
 
@@ -278,13 +274,13 @@ def test_elements_that_are_no_objects_become_the_value() -> None:
         {"id": 1, "stage": {"cores": []}},
     ],
 )
-def test_a_record_without_elements_has_no_rows(record: dict[str, Any]) -> None:
+def test_a_record_without_elements_has_no_rows(record: Record) -> None:
     assert rows_of([record], CORES) == []
     assert rows_of([record, {"id": 2, "stage": {"cores": [{}]}}], CORES) == [["2", "1", "NULL"]]
 
 
 def test_the_source_is_not_changed() -> None:
-    records: list[dict[str, Any]] = [{"id": 1, "stage": {"cores": [{"core": "a"}]}}]
+    records: Records = [{"id": 1, "stage": {"cores": [{"core": "a"}]}}]
     before = json.dumps(records)
     rows_of(records, CORES)
     assert json.dumps(records) == before
@@ -303,7 +299,7 @@ def test_the_source_is_not_changed() -> None:
     ],
 )
 def test_rows_that_are_no_array_of_objects_are_refused(cores: Any, message: str) -> None:
-    records: list[dict[str, Any]] = [{"id": 6}, {"id": 7, "stage": {"cores": cores}}]
+    records: Records = [{"id": 6}, {"id": 7, "stage": {"cores": cores}}]
     with pytest.raises(PipelineError) as refused:
         rows_of(records, CORES)
     assert str(refused.value).startswith("public.things, launch_id=7, position=")
@@ -327,7 +323,7 @@ NESTED = table_of({"id": "integer", "a.b.c": "integer", "a.d": "integer", "a.b":
         ({}, ["NULL", "NULL", "NULL"]),
     ],
 )
-def test_nested_paths(record: dict[str, Any], row: list[str]) -> None:
+def test_nested_paths(record: Record, row: list[str]) -> None:
     other = {"id": 8, "a": {"b": {"c": 5}, "d": 6}}
     assert rows_of([other, record | {"id": 9}], NESTED) == [
         ["8", "5", "6", '{"c":5}'],
@@ -347,18 +343,14 @@ def test_nested_paths(record: dict[str, Any], row: list[str]) -> None:
         ({"a": {"d": [1]}}, "a.d: [1] is not an integer"),
     ],
 )
-def test_what_is_not_of_the_configured_shape_is_refused(
-    record: dict[str, Any], message: str
-) -> None:
+def test_what_is_not_of_the_configured_shape_is_refused(record: Record, message: str) -> None:
     with pytest.raises(PipelineError) as refused:
         rows_of([{"id": 8}, record | {"id": 9}, {"id": 10}], NESTED)
     assert str(refused.value) == f"public.things, id=9: {message}"
 
 
 def test_a_misfit_in_an_element_names_the_path_in_the_source() -> None:
-    records: list[dict[str, Any]] = [
-        {"id": 4, "stage": {"cores": [{"core": "a"}, {"core": "0123456789"}]}}
-    ]
+    records: Records = [{"id": 4, "stage": {"cores": [{"core": "a"}, {"core": "0123456789"}]}}]
     with pytest.raises(PipelineError) as refused:
         rows_of(records, CORES)
     assert str(refused.value) == (
@@ -381,7 +373,7 @@ def test_a_misfit_in_the_parent_names_the_path_in_the_source() -> None:
 def cell(type_: str, text: str) -> str:
     """A JSON value as the CSV file has it in a column of this type, between two nulls."""
     table = table_of({"id": "integer", "a.v": type_})
-    records: list[dict[str, Any]] = [
+    records: Records = [
         {"id": 1},
         {"id": 2, "a": {"v": parsed(text)}},
         {"id": 3, "a": {"v": None}},
@@ -456,7 +448,7 @@ FITTING = [
 ]
 
 
-@pytest.mark.parametrize(("type_", "text", "written"), FITTING, ids=brief)
+@pytest.mark.parametrize(("type_", "text", "written"), FITTING)
 def test_a_value_that_fits(type_: str, text: str, written: str) -> None:
     assert cell(type_, text) == written
 
@@ -536,7 +528,7 @@ BREAKING = [
 ]
 
 
-@pytest.mark.parametrize(("type_", "text", "shown", "rule"), BREAKING, ids=brief)
+@pytest.mark.parametrize(("type_", "text", "shown", "rule"), BREAKING)
 def test_a_value_that_does_not_fit_is_named(type_: str, text: str, shown: str, rule: str) -> None:
     with pytest.raises(PipelineError) as refused:
         cell(type_, text)
@@ -755,7 +747,6 @@ def test_a_renamed_field_is_both(caplog: pytest.LogCaptureFixture) -> None:
         ("\r\n", '"\r\n"'),
         (" é🚀\u2028", '" é🚀\u2028"'),
     ],
-    ids=brief,
 )
 def test_a_cell_of_text(value: str | None, written: str) -> None:
     table = table_of({"id": "integer", "text": "varchar(99)"})
