@@ -891,7 +891,7 @@ def test_readers_and_the_load_never_wait_for_each_other(sandbox: Sandbox) -> Non
     with sandbox.redshift.connect() as early, sandbox.redshift.connect() as late:
         early.autocommit = False
         old = names(early)  # and the transaction stays open
-        late.execute("SET statement_timeout = '5s'")
+        late.execute("SET statement_timeout = '60s'")
 
         def hook(stage: str, sql: str) -> None:
             if stage == "after" and sql.startswith(("DELETE", "INSERT")) and "etl_runs" not in sql:
