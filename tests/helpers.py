@@ -6,15 +6,17 @@ Whatever a test needs of the inside of main.py it gets from here, as records and
 from __future__ import annotations
 
 import contextlib
+import copy
 import csv
 import gzip
+import http.client
 import io
 import itertools
 import json
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from datetime import UTC, date, datetime
 from decimal import Decimal
@@ -23,10 +25,11 @@ from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
 from unittest import mock
+from urllib.parse import urlsplit
 
 import yaml
 
-from sandbox import BUCKET, PIPELINE, SAMPLE, SECRET, Sandbox, answer
+from sandbox import BUCKET, PIPELINE, SAMPLE, SECRET, LocalServer, Sandbox, answer
 from sequra_challenge import main
 from sequra_challenge.main import Config, Table
 from sequra_challenge.main import ConfigError as ConfigError
@@ -77,6 +80,29 @@ def write_yaml(path: Path, document: dict[str, Any]) -> tuple[str, Path]:
     """Writes a configuration and returns the argument that names it."""
     path.write_text(yaml.safe_dump(document, sort_keys=False))
     return "--config", path
+
+
+class REMOVED:
+    """In the place of a value that is left out."""
+
+
+def changed(document: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy with other values at these paths, whose keys are joined by " / "."""
+    document = copy.deepcopy(document)
+    for path, value in changes.items():
+        *above, last = path.split(" / ")
+        inner = document
+        for key in above:
+            inner = inner.setdefault(key, {})
+        inner[last] = value
+        if value is REMOVED:
+            del inner[last]
+    return document
+
+
+def shipped(folder: Path, changes: Mapping[str, Any]) -> tuple[str, Path]:
+    """conf/pipeline.yaml with other values at these paths, and the argument that names it."""
+    return write_yaml(folder / "pipeline.yaml", changed(SHIPPED, changes))
 
 
 def shipped_with(folder: Path, **sections: dict[str, Any]) -> tuple[str, Path]:
@@ -185,6 +211,80 @@ def assert_failed(done: Done, *parts: str, status: int = 1) -> None:
     assert [part for part in parts if part not in error] == [], error
     if status == 1:
         assert error.count("\n") == 1, "not one line"
+
+
+class FlakyProxy(LocalServer):
+    """An HTTP server in front of the sandbox's AWS.
+
+    ``faults`` are answered first, one to each request with ``method``; None and what comes after
+    the faults is passed on.
+    """
+
+    def __init__(self, target: str, *faults: Answer | None, method: str = "PUT") -> None:
+        self.faults = list(faults)
+        address = urlsplit(target).netloc
+        proxy = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def handle_request(self) -> None:
+                self.length = int(self.headers.get("Content-Length", 0))
+                fault = proxy.faults.pop(0) if proxy.faults and self.command == method else None
+                if fault:
+                    fault(self)
+                else:
+                    self.forward()
+
+            def forward(self) -> None:
+                body = self.body()
+                connection = http.client.HTTPConnection(address, timeout=30)
+                headers = {
+                    name: value
+                    for name, value in self.headers.items()
+                    if name.lower() not in ("transfer-encoding", "content-length", "expect")
+                }
+                connection.request(self.command, self.path, body, headers)
+                response = connection.getresponse()
+                text = response.read()
+                self.send_response(response.status)
+                for name, value in response.getheaders():
+                    if name.lower() not in ("transfer-encoding", "connection", "content-length"):
+                        self.send_header(name, value)
+                length = response.headers["Content-Length"] if self.command == "HEAD" else len(text)
+                self.send_header("Content-Length", str(length or 0))
+                self.end_headers()
+                self.wfile.write(text)
+                connection.close()
+
+            do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = handle_request
+
+            def body(self) -> bytes:
+                if self.headers.get("Transfer-Encoding", "") != "chunked":
+                    return self.rfile.read(self.length)
+                pieces = []
+                while size := int(self.rfile.readline(), 16):
+                    pieces.append(self.rfile.read(size))
+                    self.rfile.readline()
+                while self.rfile.readline().strip():
+                    pass
+                return b"".join(pieces)
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        super().__init__(Handler)
+
+
+def refusing(status: int, code: str) -> Answer:
+    """An error as S3 answers it."""
+
+    def respond(handler: Any) -> None:
+        handler.body()
+        xml = f"<Error><Code>{code}</Code><Message>Sorry</Message></Error>"
+        answer(handler, status, xml.encode(), Content_Type="application/xml")
+
+    return respond
 
 
 # --- tables and documents ------------------------------------------------------------------------

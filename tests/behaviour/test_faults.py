@@ -8,7 +8,6 @@ temporary files, the exit status and the message.
 from __future__ import annotations
 
 import contextlib
-import http.client
 import json
 import os
 import random
@@ -25,12 +24,21 @@ from dataclasses import dataclass, replace
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any, Self
-from urllib.parse import urlsplit
 
 import psycopg
 import pytest
 
-from helpers import AUDIT, CORES, LAUNCHES, Answer, Records, responds, shipped_with
+from helpers import (
+    AUDIT,
+    CORES,
+    LAUNCHES,
+    Answer,
+    FlakyProxy,
+    Records,
+    refusing,
+    responds,
+    shipped_with,
+)
 from helpers import LOAD_TRIES as TRIES
 from redshift import DropConnection
 from sandbox import (
@@ -40,7 +48,6 @@ from sandbox import (
     SAMPLE,
     SECRET,
     USER,
-    LocalServer,
     Process,
     Sandbox,
     answer,
@@ -310,80 +317,6 @@ def test_source_has_a_malformed_host(world: World, host: str) -> None:
 
 
 # --- AWS -----------------------------------------------------------------------------------------
-
-
-class FlakyProxy(LocalServer):
-    """An HTTP server in front of the sandbox's AWS.
-
-    ``faults`` are answered first, one to each request with ``method``; None and what comes after
-    the faults is passed on.
-    """
-
-    def __init__(self, target: str, *faults: Answer | None, method: str = "PUT") -> None:
-        self.faults = list(faults)
-        address = urlsplit(target).netloc
-        proxy = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def handle_request(self) -> None:
-                self.length = int(self.headers.get("Content-Length", 0))
-                fault = proxy.faults.pop(0) if proxy.faults and self.command == method else None
-                if fault:
-                    fault(self)
-                else:
-                    self.forward()
-
-            def forward(self) -> None:
-                body = self.body()
-                connection = http.client.HTTPConnection(address, timeout=30)
-                headers = {
-                    name: value
-                    for name, value in self.headers.items()
-                    if name.lower() not in ("transfer-encoding", "content-length", "expect")
-                }
-                connection.request(self.command, self.path, body, headers)
-                response = connection.getresponse()
-                text = response.read()
-                self.send_response(response.status)
-                for name, value in response.getheaders():
-                    if name.lower() not in ("transfer-encoding", "connection", "content-length"):
-                        self.send_header(name, value)
-                length = response.headers["Content-Length"] if self.command == "HEAD" else len(text)
-                self.send_header("Content-Length", str(length or 0))
-                self.end_headers()
-                self.wfile.write(text)
-                connection.close()
-
-            do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = handle_request
-
-            def body(self) -> bytes:
-                if self.headers.get("Transfer-Encoding", "") != "chunked":
-                    return self.rfile.read(self.length)
-                pieces = []
-                while size := int(self.rfile.readline(), 16):
-                    pieces.append(self.rfile.read(size))
-                    self.rfile.readline()
-                while self.rfile.readline().strip():
-                    pass
-                return b"".join(pieces)
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        super().__init__(Handler)
-
-
-def refusing(status: int, code: str) -> Answer:
-    """An error as S3 answers it."""
-
-    def respond(handler: Any) -> None:
-        handler.body()
-        xml = f"<Error><Code>{code}</Code><Message>Sorry</Message></Error>"
-        answer(handler, status, xml.encode(), Content_Type="application/xml")
-
-    return respond
 
 
 def reset_upload(handler: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from helpers import ROLE, SECTIONS, ConfigError, load_config, table_of
+from helpers import REMOVED, ROLE, SECTIONS, ConfigError, changed, load_config, table_of
 from sandbox import PIPELINE
 
 LAUNCHES = "tables.public.launches"
@@ -37,7 +36,6 @@ TABLES: dict[str, Any] = {
     },
 }
 REQUIRED = [("source", "url"), ("staging", "bucket"), ("redshift", "secret")]
-REMOVED = object()
 Change = Callable[[str, Any], Path]
 Write = Callable[[str | bytes], Path]
 
@@ -64,16 +62,7 @@ def change(write: Write) -> Change:
     """Writes the valid configuration with one thing changed: its keys, joined by " / "."""
 
     def change(at: str, value: Any) -> Path:
-        document = copy.deepcopy({**SECTIONS, "tables": TABLES})
-        *above, last = at.split(" / ")
-        inner = document
-        for key in above:
-            inner = inner.setdefault(key, {})
-        if value is REMOVED:
-            del inner[last]
-        else:
-            inner[last] = value
-        return write(json.dumps(document))
+        return write(json.dumps(changed({**SECTIONS, "tables": TABLES}, {at: value})))
 
     return change
 
