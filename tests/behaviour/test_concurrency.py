@@ -232,32 +232,6 @@ def test_long_query_of_an_analyst(sandbox: Sandbox, connect: Connect) -> None:
     assert check_complete(sandbox) == (30, second)
 
 
-def test_locks_that_a_load_holds(sandbox: Sandbox) -> None:
-    """Just before it commits it holds no lock on a target that a reader would wait for."""
-    loaded(sandbox)
-    held: list[tuple[str, str]] = []
-
-    def look(when: str, statement: str) -> None:
-        if (when, statement) == ("before", "COMMIT"):
-            held.extend(
-                (row["name"], row["mode"])
-                for row in sandbox.query("""
-                    SELECT nspname || '.' || relname AS name, mode FROM pg_locks
-                    JOIN pg_class ON pg_class.oid = relation
-                    JOIN pg_namespace ON pg_namespace.oid = relnamespace
-                    JOIN pg_stat_activity USING (pid)
-                    WHERE nspname = 'public' AND application_name = 'sequra_challenge'""")
-            )
-
-    sandbox.redshift.hook = look
-    loaded(sandbox)
-    harmless = {"AccessShareLock", "RowExclusiveLock", "SIReadLock"}
-    for table in (LAUNCHES, CORES):
-        assert {mode for name, mode in held if name == table} - harmless == set()
-        assert (table, "RowExclusiveLock") in held
-    assert (AUDIT, "AccessExclusiveLock") in held
-
-
 def test_open_transaction_on_the_audit_table(
     sandbox: Sandbox, connect: Connect, configure: Configure
 ) -> None:

@@ -367,12 +367,6 @@ def test_s3_denies(world: World, allowed: int, step: str) -> None:
     assert len(world.sandbox.objects()) >= allowed
 
 
-def test_bucket_is_missing(world: World) -> None:
-    done = world.run(*world.config("staging", bucket="no-such-bucket"))
-    world.check(done, "old", 1, "cannot write s3://no-such-bucket/.* as arn:aws:.*NoSuchBucket")
-    world.works()
-
-
 @pytest.mark.parametrize("gone", ["launch_cores.0001.csv.gz", "launches/.*manifest.json"])
 def test_staged_file_vanishes(world: World, gone: str) -> None:
     sandbox = world.sandbox
@@ -809,15 +803,6 @@ def test_signal_at_each_kind_of_statement(world: World, number: int, statement: 
     done = signalled_at(world, (("before", "after")[after], statements.index(True)), number)
     state = "new" if statement == "COMMIT" else "old"  # the server has got the COMMIT already
     world.check(done, state, KILLED if number == signal.SIGKILL else 128 + number)
-
-
-def test_signal_while_tables_are_made(empty_world: World) -> None:
-    for number, point in ((signal.SIGTERM, ("after", 4)), (signal.SIGKILL, ("before", 6))):
-        done = signalled_at(empty_world, point, number)
-        status = KILLED if number == signal.SIGKILL else 128 + number
-        empty_world.check(done, "old", status)
-        empty_world.works()
-        empty_world.sandbox.reset()
 
 
 @pytest.mark.parametrize("wait", ["source", "retry", "upload", "connect", "lock"])

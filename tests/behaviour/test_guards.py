@@ -180,20 +180,6 @@ def test_min_rows_of_the_first_load(
     assert (count(sandbox, LAUNCHES), count(sandbox, CORES)) == (30, 38)
 
 
-def test_an_upsert_may_bring_few_rows(sandbox: Sandbox, change: Change) -> None:
-    config = change(dict.fromkeys((f"{OF_LAUNCHES} / mode", f"{OF_CORES} / mode"), "upsert"))
-    loaded(sandbox, *config)
-    few = launches(1 + 4, cores=1)
-    few[0]["name"] = "renamed"
-    serve(sandbox, few)
-    loaded(sandbox, *config)
-    assert (count(sandbox, LAUNCHES), count(sandbox, CORES)) == (30, 38)
-    (row,) = sandbox.query(f"SELECT name FROM {LAUNCHES} WHERE id = '{few[0]['id']}'")
-    assert row["name"] == "renamed"
-    runs = f"SELECT count(*) AS rows FROM {LAUNCHES} GROUP BY _run_id ORDER BY _run_id"
-    assert sandbox.query(runs) == [{"rows": 25}, {"rows": 5}]
-
-
 # --- tables that differ from the configuration ---------------------------------------------------
 
 

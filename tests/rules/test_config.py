@@ -421,13 +421,6 @@ def test_the_copy_role(
     assert load_config(change("redshift / copy_role", configured)).copy_role == used
 
 
-def test_the_role_of_the_environment_is_used_where_the_setting_is_absent(
-    change: Change, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("AWS_ROLE_ARN", ROLE)
-    assert load_config(change("redshift / secret", "spacex")).copy_role == ROLE
-
-
 def paths_in(value: Any, at: tuple[str, ...] = ()) -> set[tuple[str, ...]]:
     """The paths of all values in nested objects that are neither objects nor null."""
     if isinstance(value, dict):

@@ -93,40 +93,26 @@ def test_other_shapes(
     assert len(source.requests) == len(documents)
 
 
-@pytest.mark.parametrize(
-    ("answers", "message"),
-    [
-        ([page(things(1), "?2"), responds(200, b"<html>Busy")], "not JSON.*<html>Busy"),
-        ([page(things(1), "?2"), responds(200, b'{"results": [{"id": 2')], "not JSON"),
-        ([responds(200, gzip.compress(b'{"results": []}')[:-9])], "/v5/launches: "),
-        ([responds(200, b"\x1f\x8b\x08" + b"\0" * 7 + b"\xff" * 9)], "/v5/launches: "),
-        ([responds(200, {"detail": "Not here"})], "no array at source.records.*Not here"),
-        ([page(things(1), "?2"), responds(200, {"results": {"id": 2}})], "no array"),
-        ([responds(200, things(1))], "no array at source.records"),
-        ([page(things(1), "?2"), responds(200, {"results": [7]})], "is not an object: 7"),
-        ([responds(200, {"results": [things(1)]})], "is not an object"),
-        ([page([], "?2"), page([])], "is empty"),
-        ([page(things(1), 7)], "source.next.*7"),
-        ([page(things(1), "?2"), responds(404)], "HTTP 404"),
-    ],
-    ids=[
-        "HTML",
-        "ends early",
-        "gzip ends early",
-        "broken gzip",
-        "no array",
-        "an object",
-        "the array itself",
-        "a number",
-        "arrays",
-        "nothing",
-        "a number as next",
-        "not found",
-    ],
-)
-def test_a_page_that_is_wrong(
-    source: Source, fetch: Fetch, answers: list[Answer], message: str
-) -> None:
+# What the answers are, and what is said.
+WRONG_PAGES: dict[str, tuple[list[Answer], str]] = {
+    "HTML": ([page(things(1), "?2"), responds(200, b"<html>Busy")], "not JSON.*<html>Busy"),
+    "cut": ([page(things(1), "?2"), responds(200, b'{"results": [{"id": 2')], "not JSON"),
+    "gzip cut": ([responds(200, gzip.compress(b'{"results": []}')[:-9])], "/v5/launches: "),
+    "gzip": ([responds(200, b"\x1f\x8b\x08" + b"\0" * 7 + b"\xff" * 9)], "/v5/launches: "),
+    "no array": ([responds(200, {"detail": "Not here"})], "no array at source.records.*Not here"),
+    "object": ([page(things(1), "?2"), responds(200, {"results": {"id": 2}})], "no array"),
+    "array alone": ([responds(200, things(1))], "no array at source.records"),
+    "number": ([page(things(1), "?2"), responds(200, {"results": [7]})], "is not an object: 7"),
+    "arrays": ([responds(200, {"results": [things(1)]})], "is not an object"),
+    "nothing": ([page([], "?2"), page([])], "is empty"),
+    "number as next": ([page(things(1), 7)], "source.next.*7"),
+    "not found": ([page(things(1), "?2"), responds(404)], "HTTP 404"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_PAGES)
+def test_a_page_that_is_wrong(source: Source, fetch: Fetch, case: str) -> None:
+    answers, message = WRONG_PAGES[case]
     with pytest.raises(PipelineError, match=message):
         fetch(*answers)
     assert len(source.requests) == len(answers)
