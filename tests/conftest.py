@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -24,6 +26,14 @@ for name, examples in {"default": 500, "ci": 2_000, "nightly": 10_000}.items():
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Words for a parameter in a test's name."""
+    if val is None or (isinstance(val, bool | int | float) and not isinstance(val, signal.Signals)):
+        return None
+    text = getattr(val, "__name__", None) or getattr(val, "name", None) or str(val)
+    return " ".join(re.findall(r"[\w.:/+-]+", text, re.ASCII))[:40] or "nothing"
 
 
 @pytest.fixture(scope="session", autouse=True)

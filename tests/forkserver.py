@@ -2,7 +2,8 @@
 
 Each run is a process of its own, with its own arguments, environment, folder, pipes and signals,
 and ends as Python ends. What it does not show is what happens while Python starts and imports, nor
-what Python reads then from its environment, such as PYTHONPATH.
+what Python reads then from its environment, such as PYTHONPATH. Other than Python, it can change
+something in the program before that runs: a constant, or what a package does.
 """
 
 from __future__ import annotations
@@ -89,9 +90,16 @@ class ForkServer:
         self.socket.close()
         self.process.wait()
 
-    def start(self, command: list[str], cwd: Path | None, environment: dict[str, str]) -> Forked:
+    def start(
+        self, command: list[str], cwd: Path | None, environment: dict[str, str], patch: str
+    ) -> Forked:
         """Starts a run with the arguments of a command line ``python main.py …``."""
-        request = {"arguments": command[2:], "cwd": str(cwd or Path.cwd()), "env": environment}
+        request = {
+            "arguments": command[2:],
+            "cwd": str(cwd or Path.cwd()),
+            "env": environment,
+            "patch": patch,
+        }
         body = json.dumps(request).encode()
         ours, status = socket.socketpair()
         (read_out, out), (read_err, err) = os.pipe(), os.pipe()
@@ -156,7 +164,13 @@ def run() -> None:
     sys.path[0] = str(MAIN.parent)
     program = sys.modules["__main__"] = types.ModuleType("__main__")
     program.__file__ = str(MAIN)
+    if request["patch"]:
+        program.__name__ = "main"  # so that it waits to be told to run
+        sys.modules["main"] = program
     exec(code, program.__dict__)
+    exec(request["patch"], program.__dict__)
+    if request["patch"]:
+        sys.exit(program.main())
 
 
 if __name__ == "__main__":

@@ -6,14 +6,17 @@ Whatever a test needs of the inside of main.py it gets from here, as records and
 from __future__ import annotations
 
 import contextlib
+import copy
 import csv
 import gzip
+import http.client
 import io
 import itertools
 import json
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from datetime import UTC, date, datetime
 from decimal import Decimal
@@ -22,10 +25,11 @@ from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
 from unittest import mock
+from urllib.parse import urlsplit
 
 import yaml
 
-from sandbox import PIPELINE, SAMPLE, Sandbox, answer
+from sandbox import BUCKET, PIPELINE, SAMPLE, SECRET, LocalServer, Sandbox, answer
 from sequra_challenge import main
 from sequra_challenge.main import Config, Table
 from sequra_challenge.main import ConfigError as ConfigError
@@ -78,10 +82,50 @@ def write_yaml(path: Path, document: dict[str, Any]) -> tuple[str, Path]:
     return "--config", path
 
 
+class REMOVED:
+    """In the place of a value that is left out."""
+
+
+def changed(document: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy with other values at these paths, whose keys are joined by " / "."""
+    document = copy.deepcopy(document)
+    for path, value in changes.items():
+        *above, last = path.split(" / ")
+        inner = document
+        for key in above:
+            inner = inner.setdefault(key, {})
+        inner[last] = value
+        if value is REMOVED:
+            del inner[last]
+    return document
+
+
+def shipped(folder: Path, changes: Mapping[str, Any]) -> tuple[str, Path]:
+    """conf/pipeline.yaml with other values at these paths, and the argument that names it."""
+    return write_yaml(folder / "pipeline.yaml", changed(SHIPPED, changes))
+
+
 def shipped_with(folder: Path, **sections: dict[str, Any]) -> tuple[str, Path]:
     """conf/pipeline.yaml with other settings in its sections, and the argument that names it."""
     document = {name: SHIPPED.get(name, {}) | sections.get(name, {}) for name in SHIPPED | sections}
     return write_yaml(folder / "pipeline.yaml", document)
+
+
+THINGS: dict[str, Any] = {
+    "public.things": {"key": "id", "columns": {"id": "integer not null", "name": "varchar(64)"}}
+}
+
+
+def things_config(folder: Path, url: str, tables: Any = None, **source: Any) -> Path:
+    """A configuration for an API of things, page by page; a setting that is None is left out."""
+    source = {"url": url, "records": "results", "next": "next"} | source
+    sections = {
+        "source": {name: value for name, value in source.items() if value is not None},
+        "staging": {"bucket": BUCKET, "prefix": "things"},
+        "redshift": {"secret": SECRET},
+        "tables": tables or THINGS,
+    }
+    return write_yaml(folder / "things.yaml", sections)[1]
 
 
 # --- documents and sources -----------------------------------------------------------------------
@@ -115,6 +159,16 @@ def responds(status: int, body: object = b"", **headers: str) -> Answer:
     """Answers with bytes as they are, or with anything else as JSON."""
     text = body if isinstance(body, bytes) else json.dumps(body).encode()
     return lambda handler: answer(handler, status, text, **headers)
+
+
+def things(*ids: int) -> Records:
+    """Records of the API of things."""
+    return [{"id": number, "name": f"a{number}"} for number in ids]
+
+
+def page(records: Records, following: object = None) -> Answer:
+    """Answers with a page of the API of things."""
+    return responds(200, {"results": records, "next": following})
 
 
 # --- runs ----------------------------------------------------------------------------------------
@@ -157,6 +211,80 @@ def assert_failed(done: Done, *parts: str, status: int = 1) -> None:
     assert [part for part in parts if part not in error] == [], error
     if status == 1:
         assert error.count("\n") == 1, "not one line"
+
+
+class FlakyProxy(LocalServer):
+    """An HTTP server in front of the sandbox's AWS.
+
+    ``faults`` are answered first, one to each request with ``method``; None and what comes after
+    the faults is passed on.
+    """
+
+    def __init__(self, target: str, *faults: Answer | None, method: str = "PUT") -> None:
+        self.faults = list(faults)
+        address = urlsplit(target).netloc
+        proxy = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def handle_request(self) -> None:
+                self.length = int(self.headers.get("Content-Length", 0))
+                fault = proxy.faults.pop(0) if proxy.faults and self.command == method else None
+                if fault:
+                    fault(self)
+                else:
+                    self.forward()
+
+            def forward(self) -> None:
+                body = self.body()
+                connection = http.client.HTTPConnection(address, timeout=30)
+                headers = {
+                    name: value
+                    for name, value in self.headers.items()
+                    if name.lower() not in ("transfer-encoding", "content-length", "expect")
+                }
+                connection.request(self.command, self.path, body, headers)
+                response = connection.getresponse()
+                text = response.read()
+                self.send_response(response.status)
+                for name, value in response.getheaders():
+                    if name.lower() not in ("transfer-encoding", "connection", "content-length"):
+                        self.send_header(name, value)
+                length = response.headers["Content-Length"] if self.command == "HEAD" else len(text)
+                self.send_header("Content-Length", str(length or 0))
+                self.end_headers()
+                self.wfile.write(text)
+                connection.close()
+
+            do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = handle_request
+
+            def body(self) -> bytes:
+                if self.headers.get("Transfer-Encoding", "") != "chunked":
+                    return self.rfile.read(self.length)
+                pieces = []
+                while size := int(self.rfile.readline(), 16):
+                    pieces.append(self.rfile.read(size))
+                    self.rfile.readline()
+                while self.rfile.readline().strip():
+                    pass
+                return b"".join(pieces)
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        super().__init__(Handler)
+
+
+def refusing(status: int, code: str) -> Answer:
+    """An error as S3 answers it."""
+
+    def respond(handler: Any) -> None:
+        handler.body()
+        xml = f"<Error><Code>{code}</Code><Message>Sorry</Message></Error>"
+        answer(handler, status, xml.encode(), Content_Type="application/xml")
+
+    return respond
 
 
 # --- tables and documents ------------------------------------------------------------------------
@@ -253,9 +381,17 @@ READ_CHARACTERS, CSV_ROWS = main.READ_CHARACTERS, main.CSV_ROWS
 CHUNK_RECORDS = main.CHUNK_RECORDS
 
 
-def without_pauses() -> mock._patch[Any]:
-    """The program without its pauses; entering it gives the mock that is called instead."""
-    return mock.patch.object(main.time, "sleep")
+@contextlib.contextmanager
+def without_pauses() -> Iterator[list[float]]:
+    """The program's pauses, which are not made; but its clock goes on as if they were."""
+    pauses: list[float] = []
+    real = time.monotonic
+
+    def monotonic() -> float:
+        return real() + sum(pauses)
+
+    with mock.patch.multiple(main.time, sleep=pauses.append, monotonic=monotonic):
+        yield pauses
 
 
 def without_log() -> mock._patch[Any]:

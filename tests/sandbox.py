@@ -191,17 +191,10 @@ def library_page(handler: BaseHTTPRequestHandler) -> bytes:
 
 # Something unexpected, when files are staged.
 BUG = """
-from pathlib import Path
 def write_text(*_):
     raise RuntimeError("a bug")
 Path.write_text = write_text
 """
-
-
-def sitecustomize(folder: Path, code: str) -> dict[str, str]:
-    """The environment in which Python runs this code before the program."""
-    (folder / "sitecustomize.py").write_text(code)
-    return {"PYTHONPATH": str(folder)}
 
 
 class Sandbox:
@@ -355,15 +348,16 @@ class Sandbox:
         cwd: Path | None = None,
         plainly: bool = False,
         wrapper: tuple[str, ...] = (),
+        patch: str = "",
         **changes: str | None,
     ) -> Process:
-        """Starts the program: ``plainly`` with a Python of its own, else as a fork.
+        """Starts the program, ``plainly`` or with a wrapper in a Python of its own, else forked.
 
-        With a wrapper, or a variable that Python itself reads, it is started plainly, too.
+        ``patch`` is Python that is run in the fork, among the program's names, before its main().
         """
         command, environment = self.command(*arguments), self.child_environment(**changes)
-        if not (plainly or wrapper or any(name.startswith("PYTHON") for name in changes)):
-            return self.forks.start(command, cwd, environment)
+        if not plainly and not wrapper:
+            return self.forks.start(command, cwd, environment, patch)
         return subprocess.Popen(
             [*wrapper, *command],
             cwd=cwd,

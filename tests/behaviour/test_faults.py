@@ -8,7 +8,6 @@ temporary files, the exit status and the message.
 from __future__ import annotations
 
 import contextlib
-import http.client
 import json
 import os
 import random
@@ -22,17 +21,24 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
-from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any, Self
-from urllib.parse import urlsplit
 
 import psycopg
 import pytest
 
-from helpers import AUDIT, CORES, LAUNCHES, Answer, Records, responds, shipped_with
+from helpers import (
+    AUDIT,
+    CORES,
+    LAUNCHES,
+    Answer,
+    FlakyProxy,
+    Records,
+    refusing,
+    responds,
+    shipped_with,
+)
 from helpers import LOAD_TRIES as TRIES
 from redshift import DropConnection
 from sandbox import (
@@ -42,7 +48,6 @@ from sandbox import (
     SAMPLE,
     SECRET,
     USER,
-    LocalServer,
     Process,
     Sandbox,
     answer,
@@ -65,7 +70,6 @@ class Done:
     status: int
     stdout: str
     stderr: str
-    seconds: float
 
     @property
     def error(self) -> str:
@@ -99,12 +103,6 @@ class Measured:
 
     content: Tables  # its rows, without what each run writes anew
     statements: list[str]
-    seconds: float
-
-    @property
-    def points(self) -> list[tuple[str, int]]:
-        """Before and after each statement."""
-        return [(when, n) for n in range(len(self.statements)) for when in ("before", "after")]
 
 
 class World:
@@ -114,7 +112,7 @@ class World:
         self.sandbox, self.folder = sandbox, folder
         self.temporary = folder / "tmp"
         self.temporary.mkdir()
-        self.measured = Measured({}, [], 0)
+        self.measured = Measured({}, [])
 
     def tables(self) -> Tables:
         """All rows of the three tables; a table that does not exist is as good as an empty one."""
@@ -143,15 +141,15 @@ class World:
 
     def start(self, *arguments: str | Path, **options: Any) -> Process:
         """Starts a run, and remembers what the tables held before it."""
-        self.before, self.begun = self.tables(), time.monotonic()
+        self.before = self.tables()
         return self.sandbox.start(*arguments, **{"TMPDIR": str(self.temporary)} | options)
 
-    def finish(self, process: Process, timeout: float = 60) -> Done:
+    def finish(self, process: Process, timeout: float = 120) -> Done:
         try:
             stdout, stderr = process.communicate(timeout=timeout)
         finally:
             process.kill()
-        return Done(process.wait(), stdout, stderr, time.monotonic() - self.begun)
+        return Done(process.wait(), stdout, stderr)
 
     def run(self, *arguments: str | Path, **options: Any) -> Done:
         return self.finish(self.start(*arguments, **options))
@@ -201,7 +199,7 @@ class World:
     def sessions_ended(self) -> None:
         """Waits until the server is rid of the program's sessions."""
         sessions = f"SELECT pid FROM pg_stat_activity WHERE usename = '{USER}'"
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while self.sandbox.redshift.sessions or self.sandbox.query(sessions):
             assert time.monotonic() < deadline, "a session of the program is still there"
             time.sleep(0.01)
@@ -245,7 +243,6 @@ def measured(
     yield Measured(
         without_meta({name: now[name] for name in ROWS}),
         statements,
-        done.seconds,
     )
     with running_sandbox.redshift.connect() as connection:
         connection.execute("DROP SCHEMA earlier CASCADE")
@@ -285,127 +282,30 @@ def cut_off(connection: socket.socket) -> None:
     os.close(connection.detach())
 
 
-def begin(handler: BaseHTTPRequestHandler, **headers: str) -> bytes:
-    """Sends the beginning of a good answer and returns the body that should follow."""
-    handler.protocol_version = "HTTP/1.1"
-    handler.close_connection = True
-    handler.send_response(200)
-    for name, value in headers.items():
-        handler.send_header(name.replace("_", "-"), value)
-    handler.end_headers()
-    return SAMPLE.read_bytes()
-
-
-def dripping(handler: BaseHTTPRequestHandler) -> None:
-    body = begin(handler, Content_Length=str(SAMPLE.stat().st_size))
-    for start in range(0, len(body), 8192):
-        handler.wfile.write(body[start : start + 8192])
-        time.sleep(0.1)
-
-
-def half_of_a_length(handler: BaseHTTPRequestHandler) -> None:
-    handler.wfile.write(begin(handler, Content_Length=str(SAMPLE.stat().st_size))[:30_000])
-
-
-def half_of_the_chunks(handler: BaseHTTPRequestHandler) -> None:
-    body = begin(handler, Transfer_Encoding="chunked")
-    handler.wfile.write(b"4000\r\n%b\r\n" % body[:0x4000] + b"4000\r\n" + body[0x4000:0x5000])
-
-
-def chunks_without_an_end(handler: BaseHTTPRequestHandler) -> None:
-    body = begin(handler, Transfer_Encoding="chunked")
-    handler.wfile.write(b"%x\r\n%b\r\n" % (len(body), body))
-
-
 def reset_in_the_middle(handler: BaseHTTPRequestHandler) -> None:
-    handler.wfile.write(begin(handler, Content_Length=str(SAMPLE.stat().st_size))[:30_000])
+    body = SAMPLE.read_bytes()
+    answer(handler, 200, body[:30_000], Content_Length=str(len(body)))
     time.sleep(0.1)  # the reset throws away what the client has not read yet
     cut_off(handler.connection)
 
 
-def reset_at_once(handler: BaseHTTPRequestHandler) -> None:
-    handler.close_connection = True
-    cut_off(handler.connection)
-
-
-def closed_at_once(handler: BaseHTTPRequestHandler) -> None:
-    handler.close_connection = True
-
-
-def test_source_drips(world: World) -> None:
-    world.sandbox.source.answers = [dripping]
+def test_source_recovers(world: World) -> None:
+    world.sandbox.source.answers = [responds(503, Retry_After="1"), reset_in_the_middle]
     done = world.run()
     world.check(done, "new")
-    assert done.warnings == []
-    assert done.seconds > 0.8
+    limited, broken = done.warnings
+    assert limited.startswith("extract: HTTP 503 Service Unavailable, trying again in 1.0 s, at ")
+    assert re.match("extract: .*Connection reset by peer.*, trying again in", broken)
 
 
-@pytest.mark.parametrize(
-    "fault",
-    [
-        half_of_a_length,
-        half_of_the_chunks,
-        chunks_without_an_end,
-        reset_in_the_middle,
-        reset_at_once,
-        closed_at_once,
-    ],
-)
-def test_source_breaks_off_once(world: World, fault: Answer) -> None:
-    world.sandbox.source.answers = [fault]
-    done = world.run()
-    world.check(done, "new")
-    assert len(world.sandbox.source.requests) == 2
-    assert len(done.warnings) == 1
-    assert 1 < done.seconds < world.measured.seconds + 4  # waits one or two seconds
-
-
-def test_source_fails_twice(world: World) -> None:
-    world.sandbox.source.answers = [responds(503), responds(502)]
-    done = world.run()
-    world.check(done, "new")
-    assert [text.partition(",")[0] for text in done.warnings] == [
-        "extract: HTTP 503 Service Unavailable",
-        "extract: HTTP 502 Bad Gateway",
-    ]
-    first, second = done.waits
-    assert 1 <= first <= 2 <= second <= 4
-
-
-def test_source_fails_for_good(world: World) -> None:
-    soon = {"Retry_After": "1"}
-    faults = [responds(status, **soon) for status in (429, 500, 502, 503, 504, 500, 503)]
-    world.sandbox.source.answers = [*faults, responds(500)]
+def test_source_fails(world: World) -> None:
+    world.sandbox.source.answers = [responds(404)]
     url = world.sandbox.source.url
-    secret_url = url.replace("://", "://user:p4ss@") + "?token=t0ken"
-    done = world.run("--source", secret_url)
-    world.check(done, "old", 1, re.escape(f"extract: GET {url}: HTTP 503 "), "attempt 7$")
-    assert len(world.sandbox.source.requests) == 7  # 429 is no failure
+    done = world.run("--source", url.replace("://", "://user:p4ss@") + "?token=t0ken")
+    world.check(done, "old", 1, f"^extract: GET {re.escape(url)}: HTTP 404 Not Found, attempt 1$")
     assert "p4ss" not in done.stderr
     assert "t0ken" not in done.stderr
-    world.sandbox.source.answers, world.sandbox.source.requests = [responds(404)], []
-    world.check(world.run(), "old", 1, "HTTP 404 Not Found, attempt 1$")
-    assert len(world.sandbox.source.requests) == 1
     world.works()
-
-
-def test_source_asks_to_wait(world: World) -> None:
-    def until(handler: BaseHTTPRequestHandler) -> None:
-        moment = datetime.now(UTC) + timedelta(seconds=2.5)
-        answer(handler, 429, Retry_After=format_datetime(moment, usegmt=True))
-
-    past = format_datetime(datetime(2006, 3, 24, tzinfo=UTC), usegmt=True)
-    world.sandbox.source.answers = [
-        responds(503, Retry_After=past),  # as if it had not asked
-        responds(429, Retry_After="1"),
-        until,
-    ]
-    done = world.run()
-    world.check(done, "new")
-    first, second, third = done.waits
-    assert 1 <= first <= 2
-    assert second == 1
-    assert 1 <= third <= 2.5
 
 
 @pytest.mark.parametrize("host", ["launches..example.com", "[::1"])
@@ -416,96 +316,7 @@ def test_source_has_a_malformed_host(world: World, host: str) -> None:
     world.check(done, "old", 1, "^(extract: GET|run: the source is not a URL)")
 
 
-@pytest.mark.parametrize(
-    "malformed",
-    [
-        "soon",
-        "-1",
-        "Fri, 31 Dec 99999 23:59:59 GMT",
-    ],
-)
-def test_source_asks_for_nonsense(world: World, malformed: str) -> None:
-    world.sandbox.source.answers = [responds(503, Retry_After=malformed)]
-    done = world.run()
-    world.check(done, "new")
-    assert 1 <= done.waits[0] <= 2
-
-
 # --- AWS -----------------------------------------------------------------------------------------
-
-
-class FlakyProxy(LocalServer):
-    """An HTTP server in front of the sandbox's AWS.
-
-    ``faults`` are answered first, one to each request with ``method``; None and what comes after
-    the faults is passed on.
-    """
-
-    def __init__(self, target: str, *faults: Answer | None, method: str = "PUT") -> None:
-        self.faults = list(faults)
-        address = urlsplit(target).netloc
-        proxy = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def handle_request(self) -> None:
-                self.length = int(self.headers.get("Content-Length", 0))
-                fault = proxy.faults.pop(0) if proxy.faults and self.command == method else None
-                if fault:
-                    fault(self)
-                else:
-                    self.forward()
-
-            def forward(self) -> None:
-                body = self.body()
-                connection = http.client.HTTPConnection(address, timeout=30)
-                headers = {
-                    name: value
-                    for name, value in self.headers.items()
-                    if name.lower() not in ("transfer-encoding", "content-length", "expect")
-                }
-                connection.request(self.command, self.path, body, headers)
-                response = connection.getresponse()
-                text = response.read()
-                self.send_response(response.status)
-                for name, value in response.getheaders():
-                    if name.lower() not in ("transfer-encoding", "connection", "content-length"):
-                        self.send_header(name, value)
-                length = response.headers["Content-Length"] if self.command == "HEAD" else len(text)
-                self.send_header("Content-Length", str(length or 0))
-                self.end_headers()
-                self.wfile.write(text)
-                connection.close()
-
-            do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = handle_request
-
-            def body(self) -> bytes:
-                if self.headers.get("Transfer-Encoding", "") != "chunked":
-                    return self.rfile.read(self.length)
-                pieces = []
-                while size := int(self.rfile.readline(), 16):
-                    pieces.append(self.rfile.read(size))
-                    self.rfile.readline()
-                while self.rfile.readline().strip():
-                    pass
-                return b"".join(pieces)
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        super().__init__(Handler)
-
-
-def refusing(status: int, code: str) -> Answer:
-    """An error as S3 answers it."""
-
-    def respond(handler: Any) -> None:
-        handler.body()
-        xml = f"<Error><Code>{code}</Code><Message>Sorry</Message></Error>"
-        answer(handler, status, xml.encode(), Content_Type="application/xml")
-
-    return respond
 
 
 def reset_upload(handler: Any) -> None:
@@ -554,12 +365,6 @@ def test_s3_denies(world: World, allowed: int, step: str) -> None:
     says = rf"^{step}: cannot write {url} as {identity}: .*\(AccessDenied\) .* PutObject operation"
     world.check(done, "old", 1, says)
     assert len(world.sandbox.objects()) >= allowed
-
-
-def test_bucket_is_missing(world: World) -> None:
-    done = world.run(*world.config("staging", bucket="no-such-bucket"))
-    world.check(done, "old", 1, "cannot write s3://no-such-bucket/.* as arn:aws:.*NoSuchBucket")
-    world.works()
 
 
 @pytest.mark.parametrize("gone", ["launch_cores.0001.csv.gz", "launches/.*manifest.json"])
@@ -661,8 +466,7 @@ def test_redshift_never_comes(world: World, host: str, says: str) -> None:
         done = world.run(*world.config(connect_seconds=2))
     where = f"load: cannot connect to Redshift at {host}:{port.port}, database {DATABASE}: "
     world.check(done, "old", 1, where, says)
-    assert len(done.warnings) == 1
-    assert done.seconds < world.measured.seconds + 4
+    assert len(done.warnings) <= 1  # a busy machine may take all of the two seconds for one try
     world.works()
 
 
@@ -693,7 +497,6 @@ def test_wrong_credentials(world: World, changes: dict[str, Any], says: str) -> 
     where = "load: cannot connect to Redshift at {HOST}:{PORT}, database {DATABASE}: "
     world.check(done, "old", 1, where.format(**values), says)
     assert done.warnings == []
-    assert done.seconds < 5
     assert "Wr0ng" not in done.stderr
 
 
@@ -710,6 +513,8 @@ SECRETS = {
     "empty": ("{}", "lacks HOST, PORT, DATABASE, USER, PASSWORD"),
     "lacking": ({"USER": None, "PASSWORD": ""}, "lacks USER, PASSWORD"),
     "port": ({"PORT": "S3cret-text"}, "has a PORT that is no number up to 65535"),
+    "port too high": ({"PORT": 70_000}, ".* PORT .*"),
+    "host": ({"HOST": "S3cret-text..eu-west-1.redshift.amazonaws.com"}, ".* HOST.*"),
 }
 
 
@@ -724,18 +529,6 @@ def test_malformed_secret(world: World, case: str) -> None:
     world.check(done, "old", 1, f"^load: the secret {SECRET} {says}$")
     assert "S3cret-text" not in done.stderr
     assert done.warnings == []
-
-
-def test_host_that_is_no_name(world: World) -> None:
-    world.secret(HOST="cluster..eu-west-1.redshift.amazonaws.com")
-    done = world.run(*world.config(connect_seconds=0))
-    world.check(done, "old", 1, f"the secret {SECRET} .* HOST")
-
-
-def test_port_that_is_none(world: World) -> None:
-    world.secret(PORT=70_000)
-    done = world.run(*world.config(connect_seconds=0))
-    world.check(done, "old", 1, f"the secret {SECRET} .* PORT")
 
 
 # --- the statements ------------------------------------------------------------------------------
@@ -775,25 +568,20 @@ def drop() -> None:
     raise DropConnection
 
 
-PARTS = 4
-
-
-@pytest.mark.parametrize("part", range(PARTS))
-def test_connection_drops_at_each_statement(world: World, part: int) -> None:
-    """Before and after each statement in turn, three of these points a run: one each try."""
-    points = world.measured.points[part::PARTS]
-    assert points
-    for start in range(0, len(points), TRIES - 1):
-        group = points[start : start + TRIES - 1]
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_connection_drops_at_each_statement(world: World, when: str) -> None:
+    """At three statements a run: one each try."""
+    last = len(world.measured.statements) - 1
+    for start in range(0, last + 1, TRIES - 1):
+        group = [(when, n) for n in range(start, min(start + TRIES - 1, last + 1))]
         drops = Interruptions(world, group, drop)
         done = world.run()
         world.check(done, "new")
         assert drops.points == []
         assert drops.connections == len(group) + 1
         assert len(done.warnings) == len(group)
-        committed = ("after", len(world.measured.statements) - 1)
         for point, seen in zip(group, drops.seen, strict=True):
-            assert (seen == world.before) == (point != committed)
+            assert (seen == world.before) == (point != ("after", last))
 
 
 def test_commit_loses_its_answer(world: World) -> None:
@@ -816,7 +604,7 @@ def test_commit_loses_its_answer(world: World) -> None:
     assert sum(text.startswith("after DELETE") for text in statements) == 2
 
 
-@pytest.mark.parametrize("index", [0, 5, 13, 18, 22, -1])
+@pytest.mark.parametrize("index", [0, 13, 18, -1])
 def test_connection_drops_every_time(world: World, index: int) -> None:
     index %= len(world.measured.statements)
     drops = Interruptions(world, [("before", index)] * (TRIES + 2), drop)
@@ -933,19 +721,6 @@ def test_serializable_isolation_violation_every_time(world: World) -> None:
     world.works()
 
 
-def test_statement_takes_too_long(world: World) -> None:
-    with world.sandbox.redshift.connect() as other:
-        process = world.start(*world.config(statement_seconds=1))
-        other.execute(f"BEGIN; LOCK {AUDIT} IN ACCESS EXCLUSIVE MODE".encode())
-        done = world.finish(process)
-        other.execute("ROLLBACK")
-    says = r"^load: LOCK .*etl_runs.*: canceling statement due to statement timeout$"
-    world.check(done, "old", 1, says)
-    assert done.warnings == []
-    assert done.seconds < world.measured.seconds + 3
-    world.works()
-
-
 # --- signals -------------------------------------------------------------------------------------
 
 
@@ -960,43 +735,47 @@ def check_stopped(world: World, done: Done, number: int) -> None:
     world.check(done, "new" if done.status == 0 else "either", done.status)
 
 
-@pytest.mark.parametrize(
-    ("number", "delays"),
-    [
-        (number, delays)
-        for number, count in ((signal.SIGKILL, 20), (signal.SIGTERM, 20), (signal.SIGINT, 5))
-        for delays in (
-            [i / count for i in range(1, count + 1, 2)],
-            [i / count for i in range(2, count + 1, 2)],
-        )
-    ],
-    ids=str,
-)
-def test_signal_at_any_moment(world: World, number: int, delays: list[float]) -> None:
-    for delay in delays:
-        process = world.start(plainly=True)
-        time.sleep(delay * world.measured.seconds)
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("phase", ["start", "extract", "stage", "load"])
+def test_signal_at_any_moment(world: World, number: int, phase: str) -> None:
+    """A moment after the program came to a phase; which it has done is asserted."""
+    reached = threading.Event()
+
+    def requested(handler: BaseHTTPRequestHandler) -> None:
+        reached.set()
+        answer(handler, 200, SAMPLE.read_bytes())
+
+    def uploads(handler: Any) -> None:
+        reached.set()
+        handler.forward()
+
+    def copies(_: str, sql: str) -> None:
+        if sql.startswith("COPY"):
+            reached.set()
+
+    if phase == "extract":
+        world.sandbox.source.answers = [requested]
+    if phase == "load":
+        world.sandbox.redshift.hook = copies
+    with FlakyProxy(world.sandbox.aws, *[uploads] * (phase == "stage")) as aws:
+        process = world.start(plainly=True, AWS_ENDPOINT_URL=aws.url)
+        assert phase == "start" or reached.wait(60)
+        time.sleep(random.Random(f"{phase} {number}").uniform(0, 0.2))
         process.send_signal(number)
-        signalled = time.monotonic()
-        done = world.finish(process)
-        assert time.monotonic() - signalled < 5
-        check_stopped(world, done, number)
+        check_stopped(world, world.finish(process), number)
     world.works()
 
 
 def signalled_at(world: World, point: tuple[str, int], number: int) -> Done:
     """A run that gets a signal at a point; the statement's answer is held back until it ended."""
     ready = threading.Event()
-    ended: list[bool] = []
+    ended: list[int] = []
     process: Process
 
     def kill() -> None:
         ready.wait()
         process.send_signal(number)
-        deadline = time.monotonic() + 5
-        while process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.002)
-        ended.append(process.poll() is not None)
+        ended.append(process.wait(60))
 
     interruptions = Interruptions(world, [point], kill)
     process = world.start(plainly=True)
@@ -1005,45 +784,33 @@ def signalled_at(world: World, point: tuple[str, int], number: int) -> Done:
     world.sandbox.redshift.hook = None
     assert interruptions.points == []
     world.sessions_ended()
-    assert ended == [True]
+    assert ended == [done.status]
     return done
 
 
-@pytest.mark.parametrize("part", range(PARTS))
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=str)
-def test_signal_at_each_statement(world: World, number: int, part: int) -> None:
-    """Before the statement is run, and when it was, without its answer."""
-    commit = len(world.measured.statements) - 1
-    # The one signal before a statement, the other after it; at COMMIT each at both.
-    points = [
-        (when, index)
-        for when, index in world.measured.points
-        if index == commit or (index + (when == "after") + (number == signal.SIGKILL)) % 2
-    ]
-    for point in points[part::PARTS]:
-        done = signalled_at(world, point, number)
-        state = "new" if point[1] == commit else "old"  # the server has got the COMMIT already
-        world.check(done, state, KILLED if number == signal.SIGKILL else 128 + number)
-    world.works()
+STATEMENTS = ["SET", "SELECT", "CREATE TEMP", "COPY", "LOCK", "DELETE", "INSERT", "COMMIT"]
 
 
-def test_signal_while_tables_are_made(empty_world: World) -> None:
-    for number, point in ((signal.SIGTERM, ("after", 4)), (signal.SIGKILL, ("before", 6))):
-        done = signalled_at(empty_world, point, number)
-        status = KILLED if number == signal.SIGKILL else 128 + number
-        empty_world.check(done, "old", status)
-        empty_world.works()
-        empty_world.sandbox.reset()
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("statement", STATEMENTS)
+def test_signal_at_each_kind_of_statement(world: World, number: int, statement: str) -> None:
+    """Before it is run, or when it was, without its answer."""
+    statements = [sql.startswith(statement) for sql in world.measured.statements]
+    # The one signal before the statement, the other after it, in turns.
+    after = (STATEMENTS.index(statement) + (number == signal.SIGKILL)) % 2
+    done = signalled_at(world, (("before", "after")[after], statements.index(True)), number)
+    state = "new" if statement == "COMMIT" else "old"  # the server has got the COMMIT already
+    world.check(done, state, KILLED if number == signal.SIGKILL else 128 + number)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=str)
 @pytest.mark.parametrize("wait", ["source", "retry", "upload", "connect", "lock"])
-def test_signal_while_the_program_waits(world: World, number: int, wait: str) -> None:
+def test_signal_while_the_program_waits(world: World, wait: str) -> None:
+    number = signal.SIGTERM
     waiting, over = threading.Event(), threading.Event()
 
     def stall(_: Any) -> None:
         waiting.set()
-        over.wait(20)
+        over.wait(120)
 
     def ask_to_wait(handler: BaseHTTPRequestHandler) -> None:
         answer(handler, 503, Retry_After="100")
@@ -1072,35 +839,29 @@ def test_signal_while_the_program_waits(world: World, number: int, wait: str) ->
             world.sandbox.redshift.hook = see_lock
             other = stack.enter_context(world.sandbox.redshift.connect())
             other.execute(f"BEGIN; LOCK {AUDIT} IN ACCESS EXCLUSIVE MODE".encode())
-        assert waiting.wait(10)
+        assert waiting.wait(60)
         time.sleep(0.2)  # the program comes to wait
         process.send_signal(number)
-        signalled = time.monotonic()
         done = world.finish(process)
-        assert time.monotonic() - signalled < 5
     assert done.status == 128 + number
     check_stopped(world, done, number)
-    if number == signal.SIGTERM:
-        world.works()
+    world.works()
 
 
 SIGNALLED_WHEN_DONE = """
-import os, pathlib, shutil, signal
-
 def rmtree(*arguments, remove=shutil.rmtree, **options):
-    pathlib.Path(__file__).with_name("signalled").touch()
+    Path({!r}).touch()
     os.kill(os.getpid(), signal.SIGTERM)
     remove(*arguments, **options)
-
 shutil.rmtree = rmtree
 """
 
 
 def test_signal_while_the_temporary_folder_is_removed(world: World) -> None:
     """All is done by then but this, which is done as well."""
-    (world.folder / "sitecustomize.py").write_text(SIGNALLED_WHEN_DONE)
-    world.check(world.run(PYTHONPATH=str(world.folder)), "new")
-    assert (world.folder / "signalled").exists()
+    signalled = world.folder / "signalled"
+    world.check(world.run(patch=SIGNALLED_WHEN_DONE.format(str(signalled))), "new")
+    assert signalled.exists()
 
 
 # --- the disk ------------------------------------------------------------------------------------
@@ -1159,10 +920,12 @@ def test_no_temporary_folder_can_be_written(world: World) -> None:
 
 
 def test_temporary_folder_does_not_exist(world: World) -> None:
-    """Python takes another, /tmp, and so does the program."""
-    before = set(Path("/tmp").glob("sequra-*"))
-    world.check(world.run(TMPDIR=str(world.folder / "missing")), "new")
-    assert not set(Path("/tmp").glob("sequra-*")) - before
+    """Python takes the next that it knows of, and so does the program."""
+    used: list[Path] = []
+    world.sandbox.redshift.hook = lambda *_: used.extend(world.temporary.iterdir())
+    missing = str(world.folder / "missing")
+    world.check(world.run(TMPDIR=missing, TEMP=str(world.temporary)), "new")
+    assert used
 
 
 def test_nobody_reads_the_log(world: World) -> None:
@@ -1172,4 +935,4 @@ def test_nobody_reads_the_log(world: World) -> None:
     process.stderr = None
     # 120 is how Python says that it could not write what is left to its standard streams.
     assert process.wait(30) in (0, 120)
-    world.check(Done(0, "", "", 0), "new")
+    world.check(Done(0, "", ""), "new")

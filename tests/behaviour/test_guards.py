@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import gzip
 import hashlib
 import json
 import re
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import boto3
 import pytest
-import yaml
 
 import helpers
 from helpers import (
@@ -22,39 +19,26 @@ from helpers import (
     CORES,
     LAUNCHES,
     LOAD_TRIES,
-    SHIPPED,
+    REMOVED,
     count,
-    load_config,
-    run_pipeline,
     serve,
+    shipped,
 )
 from helpers import fewer_launches as launches
 from redshift import DropConnection
-from sandbox import BUCKET, PIPELINE, SAMPLE, Sandbox
+from sandbox import BUCKET, SAMPLE, Sandbox
 
 DOCUMENT: list[dict[str, Any]] = json.loads(SAMPLE.read_bytes())  # 30 launches, 38 cores
 META = {"_run_id", "_loaded_at"}
 
-Settings = dict[str, Any]
-Configure = Callable[[Settings], Path]
+Change = Callable[..., tuple[str, Path]]
+OF_LAUNCHES, OF_CORES = f"tables / {LAUNCHES}", f"tables / {CORES}"
 
 
 @pytest.fixture
-def settings() -> Settings:
-    """The shipped configuration, to be changed."""
-    return copy.deepcopy(SHIPPED)
-
-
-@pytest.fixture
-def configure(tmp_path: Path) -> Configure:
-    """Writes a configuration and returns its path."""
-
-    def write(settings: Settings) -> Path:
-        path = tmp_path / "pipeline.yaml"
-        path.write_text(yaml.safe_dump(settings, sort_keys=False))
-        return path
-
-    return write
+def change(tmp_path: Path) -> Change:
+    """Writes the shipped configuration with other values, and gives the argument that names it."""
+    return partial(shipped, tmp_path)
 
 
 def launches_without(field: str, core_field: str) -> list[dict[str, Any]]:
@@ -129,39 +113,45 @@ def column_type(sandbox: Sandbox, table: str, column: str) -> tuple[str, int | N
 
 # --- fewer rows than there were ------------------------------------------------------------------
 
+# Settings of the tables; launches and cores that are refused, and why; some that are enough.
+Few = tuple[dict[str, Any], tuple[int, int], str, tuple[int, int]]
+FEW: dict[str, Few] = {
+    "launches": ({}, (23, 38), f"{LAUNCHES} has 30 rows and would have 23, at least 24 ", (24, 38)),
+    "no cores": ({}, (30, 0), f"{CORES} has 38 rows and would have 0, at least 31 ", (30, 31)),
+    "cores": ({}, (30, 30), f"{CORES} has 38 rows and would have 30, at least 31 ", (30, 31)),
+    "half": (
+        {f"{OF_LAUNCHES} / max_shrink": 0.5, f"{OF_CORES} / max_shrink": 1},
+        *((14, 38), f"{LAUNCHES} has 30 rows and would have 14, at least 15 ", (15, 38)),
+    ),
+    "a tenth": (
+        {f"{OF_LAUNCHES} / max_shrink": 0.1, f"{OF_CORES} / max_shrink": 1},
+        *((26, 38), f"{LAUNCHES} has 30 rows and would have 26, at least 27 ", (27, 38)),
+    ),
+    "seven tenths": (  # 30 * (1 - 0.7) is 9.000000000000002
+        {f"{OF_LAUNCHES} / max_shrink": 0.7, f"{OF_CORES} / max_shrink": 1},
+        *((8, 38), f"{LAUNCHES} has 30 rows and would have 8, at least 9 ", (9, 38)),
+    ),
+    "none, and any": (
+        {f"{OF_LAUNCHES} / max_shrink": 0}
+        | {f"{OF_CORES} / min_rows": 0, f"{OF_CORES} / max_shrink": 1},
+        *((29, 38), f"{LAUNCHES} has 30 rows and would have 29, at least 30 ", (30, 0)),
+    ),
+}
 
-def test_no_rows_for_a_child_table(sandbox: Sandbox) -> None:
-    loaded(sandbox)
-    serve(sandbox, launches(30, cores=0))
-    log = refused(sandbox)
-    assert f"{CORES} has 38 rows and would have 0" in error(log)
-    assert "--allow-shrink" in error(log)
-    loaded(sandbox, "--allow-shrink")
-    assert (count(sandbox, LAUNCHES), count(sandbox, CORES)) == (30, 0)
 
-
-def test_no_rows_for_a_child_table_in_the_first_load(sandbox: Sandbox) -> None:
-    serve(sandbox, launches(30, cores=0))
-    done = sandbox.run()
-    assert done.returncode == 1
-    assert f"{CORES} has 0 rows and would have 0" in error(done.stderr)
-    assert "--allow-shrink" in error(done.stderr)
-    assert {table: rows for table, (_, rows) in state(sandbox).items()} == {
-        LAUNCHES: [],
-        CORES: [],
-        AUDIT: [],
-    }
-
-
-def test_far_fewer_rows(sandbox: Sandbox) -> None:
-    loaded(sandbox)
-    serve(sandbox, launches(23))
-    log = refused(sandbox)
-    assert f"{LAUNCHES} has 30 rows and would have 23" in error(log)
-    assert "--allow-shrink" in error(log)
-    serve(sandbox, launches(24))  # 30 * (1 - 0.2)
-    loaded(sandbox)
-    assert count(sandbox, LAUNCHES) == 24
+@pytest.mark.parametrize("case", FEW)
+def test_fewer_rows(sandbox: Sandbox, change: Change, case: str) -> None:
+    settings, few, why, enough = FEW[case]
+    config = change(settings)
+    loaded(sandbox, *config)
+    serve(sandbox, launches(*few))
+    message = error(refused(sandbox, *config))
+    assert why in message
+    assert "--allow-shrink" in message
+    serve(sandbox, launches(*enough))
+    loaded(sandbox, *config)
+    assert count(sandbox, LAUNCHES) == enough[0]
+    assert count(sandbox, CORES) == sum(len(launch["cores"]) for launch in launches(*enough))
 
 
 def test_far_fewer_rows_are_allowed_for_one_run(sandbox: Sandbox) -> None:
@@ -174,106 +164,29 @@ def test_far_fewer_rows_are_allowed_for_one_run(sandbox: Sandbox) -> None:
     refused(sandbox)
 
 
-def test_far_fewer_rows_of_a_child_table_alone(sandbox: Sandbox) -> None:
-    loaded(sandbox)
-    serve(sandbox, launches(30, cores=30))  # 38 * (1 - 0.2) is 30.4
-    assert f"{CORES} has 38 rows and would have 30" in error(refused(sandbox))
-    serve(sandbox, launches(30, cores=31))
-    loaded(sandbox)
-    assert count(sandbox, CORES) == 31
-
-
-def test_message_names_a_number_that_would_be_enough(sandbox: Sandbox) -> None:
-    loaded(sandbox)
-    serve(sandbox, launches(30, cores=30))
-    assert "at least 31 " in error(refused(sandbox))
-
-
-@pytest.mark.parametrize(
-    ("max_shrink", "enough"),
-    [
-        (0.5, 15),
-        (0.1, 27),
-        (0.7, 9),  # 30 * (1 - 0.7) is 9.000000000000002
-    ],
-)
-def test_exactly_at_the_border_of_a_setting(
-    sandbox: Sandbox,
-    settings: Settings,
-    configure: Configure,
-    max_shrink: float,
-    enough: int,
+@pytest.mark.parametrize(("min_rows", "rows"), [(1, 0), (39, 38)], ids=["default", "set"])
+def test_min_rows_of_the_first_load(
+    sandbox: Sandbox, change: Change, min_rows: int, rows: int
 ) -> None:
-    settings["tables"][LAUNCHES]["max_shrink"] = max_shrink
-    settings["tables"][CORES]["max_shrink"] = 1
-    config = configure(settings)
-    loaded(sandbox, "--config", config)
-    serve(sandbox, launches(enough - 1))
-    assert f"has 30 rows and would have {enough - 1}" in error(refused(sandbox, "--config", config))
-    serve(sandbox, launches(enough))
-    loaded(sandbox, "--config", config)
-    assert count(sandbox, LAUNCHES) == enough
-
-
-def test_each_table_has_its_own_limits(
-    sandbox: Sandbox, settings: Settings, configure: Configure
-) -> None:
-    settings["tables"][LAUNCHES]["max_shrink"] = 0
-    settings["tables"][CORES] |= {"min_rows": 0, "max_shrink": 1}
-    config = configure(settings)
-    loaded(sandbox, "--config", config)
-    serve(sandbox, launches(29))
-    assert f"{LAUNCHES} has 30 rows and would have 29" in error(
-        refused(sandbox, "--config", config)
-    )
-    serve(sandbox, launches(30, cores=0))
-    loaded(sandbox, "--config", config)
-    assert (count(sandbox, LAUNCHES), count(sandbox, CORES)) == (30, 0)
-
-
-def test_min_rows(sandbox: Sandbox, settings: Settings, configure: Configure) -> None:
-    settings["tables"][CORES]["min_rows"] = 39
-    done = sandbox.run("--config", configure(settings))
+    serve(sandbox, launches(30, cores=rows))
+    config = change({f"{OF_CORES} / min_rows": min_rows})
+    done = sandbox.run(*config)
     assert done.returncode == 1
-    assert f"{CORES} has 0 rows and would have 38" in error(done.stderr)
-    assert re.search(r"\b39\b.*--allow-shrink", error(done.stderr))
-    assert (count(sandbox, LAUNCHES), count(sandbox, CORES)) == (0, 0)
-    settings["tables"][CORES]["min_rows"] = 38
-    loaded(sandbox, "--config", configure(settings))
+    why = f"{CORES} has 0 rows and would have {rows}, at least {min_rows} .*--allow-shrink"
+    assert re.search(why, error(done.stderr))
+    assert [count(sandbox, table) for table in (LAUNCHES, CORES, AUDIT)] == [0, 0, 0]
+    serve(sandbox, launches(30))
+    loaded(sandbox, *change({f"{OF_CORES} / min_rows": 38}))
     assert (count(sandbox, LAUNCHES), count(sandbox, CORES)) == (30, 38)
-
-
-def test_an_upsert_may_bring_few_rows(
-    sandbox: Sandbox, settings: Settings, configure: Configure
-) -> None:
-    for table in settings["tables"].values():
-        table["mode"] = "upsert"
-    config = configure(settings)
-    loaded(sandbox, "--config", config)
-    few = launches(1 + 4, cores=1)
-    few[0]["name"] = "renamed"
-    serve(sandbox, few)
-    loaded(sandbox, "--config", config)
-    assert (count(sandbox, LAUNCHES), count(sandbox, CORES)) == (30, 38)
-    (row,) = sandbox.query(f"SELECT name FROM {LAUNCHES} WHERE id = '{few[0]['id']}'")
-    assert row["name"] == "renamed"
-    runs = f"SELECT count(*) AS rows FROM {LAUNCHES} GROUP BY _run_id ORDER BY _run_id"
-    assert sandbox.query(runs) == [{"rows": 25}, {"rows": 5}]
 
 
 # --- tables that differ from the configuration ---------------------------------------------------
 
 
-def test_missing_column_is_added(
-    sandbox: Sandbox, settings: Settings, configure: Configure
-) -> None:
-    settings = copy.deepcopy(settings)
-    details = settings["tables"][LAUNCHES]["columns"].pop("details")
-    ships = settings["tables"][LAUNCHES]["columns"].pop("fairings.ships")
-    loaded(sandbox, "--config", configure(settings))
-    settings["tables"][LAUNCHES]["columns"] |= {"details": details, "fairings.ships": ships}
-    config = configure(settings)
-    log = loaded(sandbox, "--config", config)
+def test_missing_column_is_added(sandbox: Sandbox, change: Change) -> None:
+    columns = [f"{OF_LAUNCHES} / columns / {name}" for name in ("details", "fairings.ships")]
+    loaded(sandbox, *change(dict.fromkeys(columns, REMOVED)))
+    log = loaded(sandbox)
     assert altered(log) == [
         'ALTER TABLE "public"."launches" ADD COLUMN "details" varchar(16384)',
         'ALTER TABLE "public"."launches" ADD COLUMN "fairings_ships" super',
@@ -284,15 +197,12 @@ def test_missing_column_is_added(
         launch["id"]: (launch["details"], (launch["fairings"] or {}).get("ships"))
         for launch in DOCUMENT
     }
-    assert altered(loaded(sandbox, "--config", config)) == []
+    assert altered(loaded(sandbox)) == []
 
 
-def test_narrower_text_is_widened(
-    sandbox: Sandbox, settings: Settings, configure: Configure
-) -> None:
-    settings["tables"][LAUNCHES]["columns"]["name"] = "varchar(64) not null"
-    settings["tables"][CORES]["columns"]["landing_type"] = "varchar(5)"
-    loaded(sandbox, "--config", configure(settings))
+def test_narrower_text_is_widened(sandbox: Sandbox, change: Change) -> None:
+    narrower = {f"{OF_LAUNCHES} / columns / name": "varchar(64) not null"}
+    loaded(sandbox, *change(narrower | {f"{OF_CORES} / columns / landing_type": "varchar(5)"}))
     # The stand-in, as Redshift, refuses this inside a transaction.
     document = launches(30)
     document[0]["name"] = "ü" * 128  # 256 bytes
@@ -308,24 +218,20 @@ def test_narrower_text_is_widened(
     assert rows == [{"name": "ü" * 128}]
 
 
-def test_wider_text_is_left_alone(
-    sandbox: Sandbox, settings: Settings, configure: Configure
-) -> None:
-    settings["tables"][LAUNCHES]["columns"]["name"] = "varchar(1000) not null"
-    loaded(sandbox, "--config", configure(settings))
+def test_wider_text_is_left_alone(sandbox: Sandbox, change: Change) -> None:
+    loaded(sandbox, *change({f"{OF_LAUNCHES} / columns / name": "varchar(1000) not null"}))
     assert altered(loaded(sandbox)) == []
     assert column_type(sandbox, LAUNCHES, "name") == ("character varying", 1000)
 
 
-def test_other_type_stops_the_run_and_the_statement_helps(
-    sandbox: Sandbox, settings: Settings, configure: Configure
-) -> None:
-    changed = copy.deepcopy(settings)
-    changed["tables"][LAUNCHES]["columns"]["window"] = "varchar(20)"
-    changed["tables"][LAUNCHES]["columns"].pop("details")  # would be added
-    changed["tables"][CORES]["columns"]["core"] = "varchar(10)"  # would be widened
+def test_other_type_stops_the_run_and_the_statement_helps(sandbox: Sandbox, change: Change) -> None:
+    changes = {
+        f"{OF_LAUNCHES} / columns / window": "varchar(20)",
+        f"{OF_LAUNCHES} / columns / details": REMOVED,  # would be added
+        f"{OF_CORES} / columns / core": "varchar(10)",  # would be widened
+    }
     serve(sandbox, launches_without("window", "core"))
-    loaded(sandbox, "--config", configure(changed))
+    loaded(sandbox, *change(changes))
     sandbox.source.body = SAMPLE.read_bytes()
     start = len(sandbox.redshift.statements)
     message = error(refused(sandbox))
@@ -345,22 +251,16 @@ def test_other_type_stops_the_run_and_the_statement_helps(
     assert {row["id"]: row["window"] for row in rows} == expected
 
 
-def test_statement_helps_for_a_column_that_is_not_null(
-    sandbox: Sandbox, settings: Settings, configure: Configure
-) -> None:
-    settings["tables"][LAUNCHES]["columns"]["date_unix"] = "integer not null"
-    loaded(sandbox, "--config", configure(settings))
+def test_statement_helps_for_a_column_that_is_not_null(sandbox: Sandbox, change: Change) -> None:
+    loaded(sandbox, *change({f"{OF_LAUNCHES} / columns / date_unix": "integer not null"}))
     fix = re.search(r"ALTER TABLE .*", error(refused(sandbox)))
     assert fix
     as_user(sandbox, fix[0])
     loaded(sandbox)
 
 
-def test_missing_column_that_is_not_null_stops_the_run(
-    sandbox: Sandbox, settings: Settings, configure: Configure
-) -> None:
-    settings["tables"][LAUNCHES]["columns"].pop("upcoming")
-    loaded(sandbox, "--config", configure(settings))
+def test_missing_column_that_is_not_null_stops_the_run(sandbox: Sandbox, change: Change) -> None:
+    loaded(sandbox, *change({f"{OF_LAUNCHES} / columns / upcoming": REMOVED}))
     message = error(refused(sandbox))
     assert f"{LAUNCHES}: the column upcoming is missing in the table and boolean NOT" in message
     fix = re.search(r"ALTER TABLE .*", message)
@@ -373,16 +273,15 @@ def test_missing_column_that_is_not_null_stops_the_run(
     assert count(sandbox, f"{LAUNCHES}_old") == 30
 
 
-def test_all_faults_in_one_message(
-    sandbox: Sandbox, settings: Settings, configure: Configure
-) -> None:
-    changed = copy.deepcopy(settings)
-    columns = changed["tables"][LAUNCHES]["columns"]
-    columns |= {"window": "bigint", "failures": "varchar(65535)"}
-    columns.pop("upcoming")
-    changed["tables"][CORES]["columns"]["gridfins"] = "smallint"
+def test_all_faults_in_one_message(sandbox: Sandbox, change: Change) -> None:
+    changes = {
+        f"{OF_LAUNCHES} / columns / window": "bigint",
+        f"{OF_LAUNCHES} / columns / failures": "varchar(65535)",
+        f"{OF_LAUNCHES} / columns / upcoming": REMOVED,
+        f"{OF_CORES} / columns / gridfins": "smallint",
+    }
     serve(sandbox, launches_without("failures", "gridfins"))
-    loaded(sandbox, "--config", configure(changed))
+    loaded(sandbox, *change(changes))
     as_user(sandbox, f"ALTER TABLE {AUDIT} RENAME COLUMN rows_before TO old")
     as_user(sandbox, f"ALTER TABLE {AUDIT} ADD COLUMN rows_before varchar(20)")
     message = error(refused(sandbox))
@@ -416,11 +315,9 @@ def test_extra_columns_stay(sandbox: Sandbox) -> None:
 
 
 @pytest.mark.parametrize("meta", ["", ", _run_id varchar(8)"])
-def test_table_made_by_hand(
-    sandbox: Sandbox, settings: Settings, configure: Configure, meta: str
-) -> None:
+def test_table_made_by_hand(sandbox: Sandbox, change: Change, meta: str) -> None:
     """With other names for the types, another order of the columns, and a row in it."""
-    settings["tables"] = {
+    tables = {
         "public.flights": {
             "key": ["id"],
             "columns": {
@@ -453,7 +350,7 @@ def test_table_made_by_hand(
     document = [launch | {"mass": {"exact": 1.25, "at": "2006-03-24 22:30:00"}}
                 for launch in DOCUMENT]  # fmt: skip
     serve(sandbox, document)
-    added = altered(loaded(sandbox, "--config", configure(settings)))
+    added = altered(loaded(sandbox, *change({"tables": tables})))
     assert len(added) == 2
     assert "_run_id" in added[0]
     assert added[1].endswith('ADD COLUMN "_loaded_at" timestamptz')
@@ -500,9 +397,9 @@ def test_row_of_a_run_for_each_table(sandbox: Sandbox) -> None:
         assert row["_run_id"] in row["manifest"]
         assert row["_run_id"] in row["raw"]
         assert f"{row['started_at']:%Y%m%dT%H%M%S}" == row["_run_id"].partition(".")[0]
-        # GETDATE() has whole seconds; test_loaded_after_it_was_started has the rest.
-        assert row["started_at"].replace(microsecond=0) <= row["_loaded_at"]
-        assert (row["_loaded_at"] - row["started_at"]).total_seconds() < 60
+        # GETDATE() has whole seconds: so has this, or it would be later where all took less.
+        assert row["started_at"].microsecond == 0
+        assert row["started_at"] <= row["_loaded_at"]
     assert rows[0]["_run_id"] == rows[1]["_run_id"] < rows[2]["_run_id"] == rows[3]["_run_id"]
     joined = f"""SELECT count(*) AS rows, min(rows_loaded) AS said FROM {{0}}
         JOIN {AUDIT} USING (_run_id) WHERE table_name = '{{0}}'"""
@@ -514,18 +411,6 @@ def key(url: str) -> str:
     """The key of an object in the sandbox's bucket."""
     assert url.startswith(f"s3://{BUCKET}/")
     return url.removeprefix(f"s3://{BUCKET}/")
-
-
-def test_loaded_after_it_was_started(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In this process, where a run can begin with a second and end within it."""
-    for name, value in sandbox.environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)
-    config = load_config(PIPELINE)
-    for _ in range(8):
-        time.sleep(1.005 - time.time() % 1)
-        assert run_pipeline(config, sandbox.source.url) == 0
-    assert sandbox.query(f"SELECT * FROM {AUDIT} WHERE started_at > _loaded_at") == []
 
 
 @pytest.mark.parametrize("beginning", ["COMMIT", 'INSERT INTO "public"."etl_runs"'])
@@ -573,13 +458,10 @@ def test_replay_from_the_raw_response(sandbox: Sandbox) -> None:
         assert gzip.decompress(sandbox.objects()[key(row["raw"])]) == body
 
 
-def test_audit_table_of_another_name(
-    sandbox: Sandbox, settings: Settings, configure: Configure
-) -> None:
+def test_audit_table_of_another_name(sandbox: Sandbox, change: Change) -> None:
     as_user(sandbox, "CREATE SCHEMA ops")
     try:
-        settings["redshift"]["audit_table"] = "ops.history"
-        loaded(sandbox, "--config", configure(settings))
+        loaded(sandbox, *change({"redshift / audit_table": "ops.history"}))
         rows = sandbox.query("SELECT table_name, rows_loaded FROM ops.history ORDER BY 1")
         assert rows == [
             {"table_name": CORES, "rows_loaded": 38},

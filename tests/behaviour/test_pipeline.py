@@ -10,17 +10,15 @@ import copy
 import csv
 import gzip
 import io
-import itertools
 import json
 import random
 import re
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from subprocess import CompletedProcess
-from typing import Any, NamedTuple
+from typing import Any
 
 import psycopg
 import pytest
@@ -30,10 +28,10 @@ from helpers import (
     CHUNK_RECORDS,
     CORES,
     LAUNCHES,
+    REMOVED,
     ROLE,
     RUN_ID,
     SHIPPED,
-    Answer,
     Records,
     assert_failed,
     assert_table,
@@ -44,6 +42,7 @@ from helpers import (
     responds,
     run_id,
     serve,
+    shipped,
 )
 from sandbox import (
     BUCKET,
@@ -60,14 +59,6 @@ from sandbox import (
 )
 
 CONFIG = ROOT / "conf" / "pipeline.yaml"
-AWS_VARIABLES = (
-    "AWS_ENDPOINT_URL",
-    "AWS_ACCESS_KEY_ID",
-    "AWS_SECRET_ACCESS_KEY",
-    "AWS_REGION",
-    "SSL_CERT_FILE",
-)
-
 CREW_AND_PAYLOADS = {
     "public.launch_crew": {
         "min_rows": 0,
@@ -107,19 +98,6 @@ def token(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
 # --- helpers ------------------------------------------------------------------------------------
 
 
-def write_config(
-    folder: Path, settings: dict[str, Any] | None = None, tables: dict[str, Any] | None = None
-) -> Path:
-    """A copy of conf/pipeline.yaml with other settings ("staging.bucket") or other tables."""
-    config = copy.deepcopy(SHIPPED) | ({"tables": tables} if tables else {})
-    for path, value in (settings or {}).items():
-        section, _, name = path.partition(".")
-        config[section][name] = value
-    file = folder / "pipeline.yaml"
-    file.write_text(yaml.safe_dump(config, sort_keys=False))
-    return file
-
-
 def assert_untouched(sandbox: Sandbox) -> None:
     """Nothing is staged, and Redshift was asked nothing."""
     assert sandbox.objects() == {}
@@ -147,7 +125,7 @@ def assert_loaded(sandbox: Sandbox, document: Records, config: Path = CONFIG) ->
 
 def test_first_load_creates_the_tables_and_loads_every_value(sandbox: Sandbox) -> None:
     start = datetime.now(UTC).replace(microsecond=0)
-    done = sandbox.run()
+    done = sandbox.run(plainly=True)
     assert done.returncode == 0, done.stderr
     assert_log(
         done,
@@ -171,7 +149,6 @@ def test_first_load_creates_the_tables_and_loads_every_value(sandbox: Sandbox) -
         assert row["_run_id"] == run_id(done)
         assert start <= row["min"] <= row["max"] <= datetime.now(UTC)
         assert row["count"] == {LAUNCHES: 30, CORES: 38}[table]
-    assert_types(sandbox)
 
 
 def assert_log(done: CompletedProcess[str], *messages: str) -> None:
@@ -180,28 +157,6 @@ def assert_log(done: CompletedProcess[str], *messages: str) -> None:
     assert len(lines) == len(messages), done.stderr
     for line, message in zip(lines, messages, strict=True):
         assert re.fullmatch(rf"\d{{4}}-\d\d-\d\dT\d\d:\d\d:\d\dZ INFO    {message}", line), line
-
-
-def assert_types(sandbox: Sandbox) -> None:
-    """The columns are those of conf/pipeline.yaml, in its order, with its types."""
-    short = {"character varying": "varchar({})", "timestamp with time zone": "timestamptz"}
-    for name, table in SHIPPED["tables"].items():
-        schema, _, relation = name.partition(".")
-        rows = sandbox.query(
-            "SELECT * FROM sandbox.svv_columns"
-            f" WHERE table_schema = '{schema}' AND table_name = '{relation}'"
-            " ORDER BY ordinal_position"
-        )
-        actual = {
-            row["column_name"]: short.get(row["data_type"], row["data_type"]).format(
-                row["character_maximum_length"]
-            )
-            + (" not null" if row["is_nullable"] == "NO" else "")
-            for row in rows
-        }
-        expected = {column_name(path): type_ for path, type_ in table["columns"].items()}
-        assert actual == expected | {"_run_id": "varchar(64)", "_loaded_at": "timestamptz"}
-        assert list(actual) == [*expected, "_run_id", "_loaded_at"]
 
 
 @pytest.fixture
@@ -220,37 +175,11 @@ def test_the_time_zone_of_the_session_shifts_no_time(sandbox: Sandbox) -> None:
 
 
 AWKWARD = [
-    "",
-    " ",
-    " leading and trailing ",
-    "NULL",
-    "null",
-    "None",
-    "nan",
-    r"\N",
-    "\\",
-    r"C:\new\table",
-    '"',
-    '""',
-    'a "quoted" word',
-    "',;|\t",
-    "a,b",
-    "line\nfeed",
-    "carriage\rreturn",
-    "both\r\n",
-    "\n",
-    "'; DROP TABLE launches; --",
-    "é ö 9° \u00a0 🚀",
-    "e\u0301 is not \u00e9",
-    "\u2028\u2029\u0085",
-    "\ufeffmark",
-    "\u0001\u001f\u007f",
-    "true",
-    "007",
-    "1e5",
-    "[1, 2]",
-    "x" * 16_384,
-    "€" * (16_384 // 3),
+    *("", " ", " leading and trailing ", "NULL", "null", "None", "nan", r"\N", "\\", "true", "007"),
+    *(r"C:\new\table", '"', '""', 'a "quoted" word', "',;|\t", "a,b", "1e5", "[1, 2]", "\n"),
+    *("line\nfeed", "carriage\rreturn", "both\r\n", "'; DROP TABLE launches; --", "\ufeffmark"),
+    *("é ö 9° \u00a0 🚀", "e\u0301 is not \u00e9", "\u2028\u2029\u0085", "\u0001\u001f\u007f"),
+    *("x" * 16_384, "€" * (16_384 // 3)),
 ]
 
 
@@ -292,7 +221,7 @@ def test_thousands_of_records_pass_through_in_batches_and_parts(
         for number in range(2_800)
     ]
     serve(sandbox, document)
-    config = write_config(tmp_path, {"staging.part_mb": 1})
+    config = shipped(tmp_path, {"staging / part_mb": 1})
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     left: list[list[str]] = []
@@ -303,7 +232,7 @@ def test_thousands_of_records_pass_through_in_batches_and_parts(
             left.append([file.name for file in folder.iterdir()])
 
     sandbox.redshift.hook = hook
-    loaded(sandbox, "--config", config, TMPDIR=str(temporary))
+    loaded(sandbox, *config, TMPDIR=str(temporary))
     assert_loaded(sandbox, document)
     assert left == [["response"]] * 2, "what is in S3 stays in the temporary folder"
     parts = {key.rpartition("/")[2] for key in sandbox.objects() if key.endswith(".csv.gz")}
@@ -336,16 +265,16 @@ def test_upsert_keeps_vanished_rows_and_renews_the_others(sandbox: Sandbox, tmp_
     tables = copy.deepcopy(SHIPPED["tables"])
     tables[LAUNCHES]["mode"] = tables[CORES]["mode"] = "upsert"
     tables[CORES]["key"] = ["position", "launch_id"]  # of two columns
-    config = write_config(tmp_path, tables=tables)
-    first = run_id(loaded(sandbox, "--config", config))
-    assert_loaded(sandbox, launches(), config)
+    config = shipped(tmp_path, {"tables": tables})
+    first = run_id(loaded(sandbox, *config))
+    assert_loaded(sandbox, launches(), config[1])
 
     vanished, served = launches()[:14], launches()[14:]
     served[0] |= {"name": "Renamed", "details": ""}
     served[1]["cores"][2]["landing_type"] = "changed"
     served.append(served[2] | {"id": "new", "name": "New"})
     serve(sandbox, served)
-    done = sandbox.run("--config", config)
+    done = sandbox.run(*config)
     second = run_id(done)
     new_cores = len(served[2]["cores"])
     change = f"public.launches 31 rows (+1), public.launch_cores {38 + new_cores} rows "
@@ -359,17 +288,17 @@ def test_upsert_keeps_vanished_rows_and_renews_the_others(sandbox: Sandbox, tmp_
 
 
 def test_tables_of_array_elements_and_of_plain_values(sandbox: Sandbox, tmp_path: Path) -> None:
-    config = write_config(tmp_path, tables=SHIPPED["tables"] | CREW_AND_PAYLOADS)
-    loaded(sandbox, "--config", config)
-    assert_loaded(sandbox, launches(), config)
+    config = shipped(tmp_path, {"tables": SHIPPED["tables"] | CREW_AND_PAYLOADS})
+    loaded(sandbox, *config)
+    assert_loaded(sandbox, launches(), config[1])
     counts = "SELECT count(*) FROM public.launch_"
     assert sandbox.query(counts + "crew") == [{"count": 10}]
     assert sandbox.query(counts + "payloads") == [{"count": 45}]
 
     document = [record | {"crew": []} for record in launches()]
     serve(sandbox, document)
-    loaded(sandbox, "--config", config)
-    assert_loaded(sandbox, document, config)
+    loaded(sandbox, *config)
+    assert_loaded(sandbox, document, config[1])
     assert sandbox.query(counts + "crew") == [{"count": 0}]
 
 
@@ -392,7 +321,7 @@ def test_names_that_are_not_in_snake_case(sandbox: Sandbox, tmp_path: Path) -> N
     }
     lines = [{"unitPrice": 1.5}, {"unitPrice": 2}]
     serve(sandbox, [{"orderId": 7, "shipTo": {"post-code": "7005"}, "orderLines": lines}])
-    done = sandbox.run("--config", write_config(tmp_path, tables=tables))
+    done = sandbox.run(*shipped(tmp_path, {"tables": tables}))
     assert done.returncode == 0
     assert "WARNING" not in done.stderr
     assert sandbox.query("SELECT order_id, ship_to_post_code FROM public.orders") == [
@@ -423,7 +352,7 @@ def test_answers_to_the_questions(sandbox: Sandbox) -> None:
 # --- stage --------------------------------------------------------------------------------------
 
 
-def test_staged_objects_and_their_replay(sandbox: Sandbox, tmp_path: Path) -> None:
+def test_staged_objects(sandbox: Sandbox, tmp_path: Path) -> None:
     run = run_id(loaded(sandbox, TMPDIR=str(tmp_path)))
     assert list(tmp_path.iterdir()) == []
     staged = sandbox.objects()
@@ -452,24 +381,16 @@ def test_staged_objects_and_their_replay(sandbox: Sandbox, tmp_path: Path) -> No
     for sql, manifest in zip(copies, manifests.values(), strict=True):
         assert f"FROM 's3://{BUCKET}/{manifest}'\nIAM_ROLE default\nREGION '{REGION}'\n" in sql
 
-    sandbox.source.requests.clear()
-    serve(sandbox, [])
-    replay = run_id(loaded(sandbox, "--source", f"s3://{BUCKET}/{raw}", TMPDIR=str(tmp_path)))
-    assert_loaded(sandbox, launches())
-    assert sandbox.source.requests == []
-    assert gzip.decompress(sandbox.objects()[raw.replace(run, replay)]) == SAMPLE.read_bytes()
-    assert list(tmp_path.iterdir()) == []
-
 
 @pytest.mark.parametrize("origin", ["configuration", "environment"])
 def test_kms_key_and_copy_role(sandbox: Sandbox, tmp_path: Path, origin: str) -> None:
     key = "arn:aws:kms:eu-west-1:123456789012:key/1234abcd-12ab-34cd-56ef-1234567890ab"
-    settings = {"staging.kms_key": key, "staging.prefix": "deep/er"}
+    settings = {"staging / kms_key": key, "staging / prefix": "deep/er"}
     environment: dict[str, Any] = {"AWS_ROLE_ARN": ROLE}
     if origin == "configuration":
-        settings["redshift.copy_role"] = ROLE
+        settings["redshift / copy_role"] = ROLE
         environment["AWS_ROLE_ARN"] = "arn:aws:iam::123456789012:role/another"
-    loaded(sandbox, "--config", write_config(tmp_path, settings), **environment)
+    loaded(sandbox, *shipped(tmp_path, settings), **environment)
     assert_loaded(sandbox, launches())
     staged = sandbox.objects()
     assert len(staged) == 5
@@ -478,7 +399,7 @@ def test_kms_key_and_copy_role(sandbox: Sandbox, tmp_path: Path, origin: str) ->
         head = sandbox.s3.head_object(Bucket=BUCKET, Key=name)
         assert (head["ServerSideEncryption"], head["SSEKMSKeyId"]) == ("aws:kms", key)
     copies = [sql for sql in sandbox.redshift.statements if sql.startswith("COPY")]
-    assert all(f"IAM_ROLE '{ROLE}'" in sql for sql in copies)
+    assert [f"IAM_ROLE '{ROLE}'" in sql for sql in copies] == [True, True]
 
 
 # --- dry run and command line -------------------------------------------------------------------
@@ -488,10 +409,10 @@ def test_dry_run_needs_no_aws_and_leaves_only_its_folder(sandbox: Sandbox, tmp_p
     home, work, temporary = (tmp_path / name for name in ("home", "work", "tmp"))
     for folder in (home, work, temporary):
         folder.mkdir()
-    environment: dict[str, Any] = dict.fromkeys(AWS_VARIABLES)
-    assert set(sandbox.environment) == set(environment)
+    environment: dict[str, Any] = dict.fromkeys(sandbox.environment)
+    assert "AWS_ACCESS_KEY_ID" in environment
     environment |= {"HOME": str(home), "TMPDIR": str(temporary)}
-    done = sandbox.run("--dry-run", cwd=work, **environment)
+    done = sandbox.run("--dry-run", cwd=work, plainly=True, **environment)
     assert done.returncode == 0, done.stderr
     assert_untouched(sandbox)
     assert list(home.iterdir()) == list(work.iterdir()) == []
@@ -547,7 +468,7 @@ def test_dry_run_and_verbose_show_the_sql_that_a_load_runs(
     ],
 )
 def test_command_line(sandbox: Sandbox, arguments: list[str], status: int, text: str) -> None:
-    done = sandbox.run(*arguments)
+    done = sandbox.run(*arguments, plainly=True)
     assert done.returncode == status
     assert text in (done.stderr if status else done.stdout)
     assert sandbox.source.requests == []
@@ -556,86 +477,18 @@ def test_command_line(sandbox: Sandbox, arguments: list[str], status: int, text:
 
 # --- configuration ------------------------------------------------------------------------------
 
-BROKEN = """
-source:
-  uri: https://example.com
-staging:
-  bucket: My_Bucket
-  prefix: /spacex
-redshift:
-  secret: redshift/spacex
-  copy_role: loader
-tables:
-  public.launches:
-    key: [nothing]
-    mode: append
-    sort_key: ships
-    columns:
-      id: varchar
-      2nd: varchar(10)
-      ships: super
-      amount: decimal(50,2)
-  cores:
-    rows: cores
-    key: core
-    columns:
-      core: text
-"""
-
 
 def test_a_wrong_configuration_names_all_faults_and_requests_nothing(
     sandbox: Sandbox, tmp_path: Path
 ) -> None:
-    file = tmp_path / "broken.yaml"
-    file.write_text(BROKEN)
+    changes = {"source / url": REMOVED, "staging / bucket": "My_Bucket"}
+    config = shipped(tmp_path, changes | {f"tables / {LAUNCHES} / key": "nothing"})
+    faults = "source.url: missing", "staging.bucket: ", "tables.public.launches.key: 'nothing'"
     # Whatever the program asked of AWS would arrive at the source, too.
     aws = sandbox.source.url.partition("/v5")[0]
     for arguments in ((), ("--dry-run",)):
-        done = sandbox.run("--config", file, *arguments, AWS_ENDPOINT_URL=aws)
-        assert_failed(
-            done,
-            str(file),
-            "14 fault(s)",
-            "source.uri: unknown key",
-            "source.url: missing",
-            "staging.bucket: ",
-            "staging.prefix: ",
-            "redshift.copy_role: ",
-            "tables.public.launches.key: 'nothing'",
-            "tables.public.launches.mode: ",
-            "tables.public.launches.sort_key: 'ships'",
-            "tables.public.launches.columns.id: ",
-            "tables.public.launches.columns.2nd: ",
-            "tables.public.launches.columns.amount: ",
-            "tables.cores: must be schema.table",
-            "tables.cores: rows and parent go together",
-            "tables.cores.columns.core: ",
-            status=2,
-        )
-    assert sandbox.source.requests == []
-    assert_untouched(sandbox)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (None, "No such file"),
-        ("", "source.url: missing"),
-        ("- a\n- b\n", "must be a mapping"),
-        ("source: [", "not valid YAML"),
-        ("source: {url: a}\nsource: {url: b}\n", "'source' stands twice"),
-        ("source: {url: !!python/object/apply:os.getcwd []}\n", "not valid YAML"),
-        (b"\xff\xfe\x00", "not valid YAML"),
-    ],
-    ids=["missing", "empty", "list", "unclosed", "double key", "python", "bytes"],
-)
-def test_a_configuration_that_cannot_be_read(
-    sandbox: Sandbox, tmp_path: Path, text: str | bytes | None, message: str
-) -> None:
-    file = tmp_path / "pipeline.yaml"
-    if text is not None:
-        file.write_bytes(text if isinstance(text, bytes) else text.encode())
-    assert_failed(sandbox.run("--config", file), str(file), message, status=2)
+        done = sandbox.run(*config, *arguments, plainly=True, AWS_ENDPOINT_URL=aws)
+        assert_failed(done, str(config[1]), "3 fault(s)", *faults, status=2)
     assert sandbox.source.requests == []
     assert_untouched(sandbox)
 
@@ -644,126 +497,25 @@ def test_a_configuration_that_cannot_be_read(
 
 
 def test_the_source_is_that_of_the_configuration(sandbox: Sandbox, tmp_path: Path) -> None:
-    config = write_config(tmp_path, {"source.url": sandbox.source.url})
-    loaded(sandbox, "--source", "", "--config", config)  # "" so that the sandbox gives none
+    config = shipped(tmp_path, {"source / url": sandbox.source.url})
+    loaded(sandbox, "--source", "", *config)  # "" so that the sandbox gives none
     assert sandbox.source.requests == [f"/v5/launches?token={TOKEN}"]
     assert_loaded(sandbox, launches())
 
 
-def test_the_source_is_a_file(sandbox: Sandbox, tmp_path: Path) -> None:
-    (tmp_path / "some.json").write_bytes(b"\xef\xbb\xbf" + SAMPLE.read_bytes())
-    loaded(sandbox, "--source", "some.json", cwd=tmp_path)
+@pytest.mark.parametrize(
+    ("name", "body"),
+    [
+        ("array.json", b"\xef\xbb\xbf" + SAMPLE.read_bytes()),
+        ("lines.ndjson.gz", gzip.compress("\n".join(map(json.dumps, launches())).encode())),
+    ],
+    ids=["array", "lines"],
+)
+def test_the_source_is_a_file(sandbox: Sandbox, tmp_path: Path, name: str, body: bytes) -> None:
+    (tmp_path / name).write_bytes(body)
+    loaded(sandbox, "--source", name, cwd=tmp_path)
     assert sandbox.source.requests == []
     assert_loaded(sandbox, launches())
-
-
-def test_the_source_has_a_record_a_line(sandbox: Sandbox, tmp_path: Path) -> None:
-    file = tmp_path / "launches.ndjson.gz"
-    file.write_bytes(gzip.compress("\n".join(map(json.dumps, launches())).encode()))
-    loaded(sandbox, "--source", file)
-    assert_loaded(sandbox, launches())
-
-
-def breaks_off(*pieces: bytes) -> Answer:
-    """Sends these bytes and closes the connection."""
-
-    def send(handler: BaseHTTPRequestHandler) -> None:
-        for piece in pieces:
-            handler.wfile.write(piece)
-        handler.close_connection = True
-
-    return send
-
-
-def test_waits_as_asked_or_longer_each_time_and_gets_it_at_last(sandbox: Sandbox) -> None:
-    answers = [
-        (responds(429, Retry_After="1"), 1),
-        (responds(503, Retry_After="soon"), 2),  # not a time: the program's own, 2 to 4 s
-        (responds(500, Retry_After="1"), 1),  # its own would be 4 s, and more from here on
-        (responds(502, Retry_After="1"), 1),
-        (responds(504, Retry_After="1"), 1),
-    ]
-    times: list[float] = []
-
-    def timed(respond: Answer) -> Answer:
-        def send(handler: BaseHTTPRequestHandler) -> None:
-            times.append(time.monotonic())
-            respond(handler)
-
-        return send
-
-    document = responds(200, SAMPLE.read_bytes())
-    sandbox.source.answers = [timed(send) for send, _ in [*answers, (document, 0)]]
-    done = sandbox.run()
-    assert done.returncode == 0, done.stderr
-    assert_loaded(sandbox, launches())
-    waited = [after - before for before, after in itertools.pairwise(times)]
-    for seconds, (_, least) in zip(waited, answers, strict=True):
-        assert least <= seconds < least + 3, waited
-    warnings = re.findall(
-        r"WARNING extract: HTTP (\d+) [\w -]+, trying again in [1-4]\.\d s, at \d\d:\d\d:\d\dZ\n",
-        done.stderr,
-    )
-    assert warnings == ["429", "503", "500", "502", "504"]
-
-
-def test_too_many_requests_are_asked_for_again_as_long_as_configured(
-    sandbox: Sandbox, tmp_path: Path
-) -> None:
-    config = write_config(tmp_path, {"source.max_wait": 9})
-    sandbox.source.answers = [responds(429, Retry_After="1")] * 7
-    loaded(sandbox, "--config", config)
-    assert len(sandbox.source.requests) == 8
-    assert_loaded(sandbox, launches())
-
-
-@pytest.mark.parametrize("status", [429, 503])
-def test_gives_up_at_once_when_asked_to_wait_longer_than_configured(
-    sandbox: Sandbox, tmp_path: Path, status: int
-) -> None:
-    config = write_config(tmp_path, {"source.max_wait": 400})
-    sandbox.source.answers = [responds(status, Retry_After="401")]
-    done = sandbox.run("--config", config)
-    assert_failed(done, f"/v5/launches: HTTP {status} ", "in 401.0 s", "source.max_wait, 400 s")
-    assert len(sandbox.source.requests) == 1
-    assert_untouched(sandbox)
-
-
-@pytest.mark.parametrize("status", [401, 404, 501])
-def test_a_lasting_http_error_is_not_retried(sandbox: Sandbox, status: int) -> None:
-    sandbox.source.answers = [responds(status, Retry_After="1")]
-    assert_failed(sandbox.run(), "/v5/launches", f"HTTP {status} ")
-    assert len(sandbox.source.requests) == 1
-    assert_untouched(sandbox)
-
-
-RECORD = json.dumps(launches()[0]).encode()
-NO_RECORDS: dict[str, tuple[bytes, list[str]]] = {
-    "HTML": (b"<!DOCTYPE html><title>Maintenance", ["HTML", "Maintenance"]),
-    "object": (b'{"docs": [], "page": 1}', [LAUNCHES, "docs", "id: null in the key"]),
-    "empty array": (b"[]", ["the source is empty"]),
-    "nothing": (b"", ["the source is empty"]),
-    "a word": (b"[%s, oops]" % RECORD, ["not JSON after record 1", "oops"]),
-    "end missing": (b'[%s, {"id": ' % RECORD, ["not JSON after record 1"]),
-    "comma too many": (b"[%s,]" % RECORD, ["not JSON after record 1"]),
-    "numbers": (b"[1, 2]", ["record 1 is not an object: 1"]),
-    "not UTF-8": (b'[{"id": "\xff\xfe"}]', ["not readable after record 0"]),
-    "too deep": (b"[" * 100_000, ["not readable after record 0"]),
-    "half of a gzip file": (
-        gzip.compress(SAMPLE.read_bytes())[:9_000],
-        ["not readable after record", "ended before the end-of-stream marker"],
-    ),
-}
-
-
-@pytest.mark.parametrize(("body", "parts"), NO_RECORDS.values(), ids=NO_RECORDS)
-def test_an_answer_that_is_no_array_of_objects(
-    sandbox: Sandbox, body: bytes, parts: list[str]
-) -> None:
-    sandbox.source.body = body
-    assert_failed(sandbox.run(), *parts)
-    assert len(sandbox.source.requests) == 1
-    assert_untouched(sandbox)
 
 
 def test_a_compressed_answer_after_a_redirect(sandbox: Sandbox) -> None:
@@ -786,9 +538,8 @@ def test_a_compressed_answer_after_a_redirect(sandbox: Sandbox) -> None:
         ("{folder}", ["is not a file"]),
         (f"s3://{BUCKET}/nothing.json", [f"cannot read s3://{BUCKET}/nothing.json", "404"]),
         ("s3://no-such-bucket/x", ["cannot read s3://no-such-bucket/x"]),
-        (f"http:///launches?token={TOKEN}", ["GET http:///launches: InvalidURL"]),
     ],
-    ids=["no file", "folder", "no object", "no bucket", "no host"],
+    ids=["no file", "folder", "no object", "no bucket"],
 )
 def test_a_source_that_is_not_there(
     sandbox: Sandbox, tmp_path: Path, source: str, parts: list[str]
@@ -798,89 +549,37 @@ def test_a_source_that_is_not_there(
     assert_untouched(sandbox)
 
 
-@pytest.mark.parametrize(
-    "url",
-    [
-        f"http://127.0.0.1:99999/launches?token={TOKEN}",
-        f"http://user:{TOKEN}@127.0.0.1:99999/launches",
-    ],
-)
-def test_a_url_that_cannot_be_parsed_is_not_shown_with_its_secrets(
-    sandbox: Sandbox, url: str
-) -> None:
-    assert_failed(sandbox.run("--source", url), "GET http://127.0.0.1:99999/launches")
-
-
 def test_odd_headers_do_not_show_the_token(sandbox: Sandbox) -> None:
     odd = b"HTTP/1.1 200 OK\r\nContent-Length: 65647\r\nno colon here\r\n\r\n"
-    sandbox.source.answers = [breaks_off(odd, SAMPLE.read_bytes())]
+
+    def send(handler: BaseHTTPRequestHandler) -> None:
+        handler.wfile.write(odd + SAMPLE.read_bytes())
+        handler.close_connection = True
+
+    sandbox.source.answers = [send]
     loaded(sandbox)
-
-
-def test_the_token_is_not_shown_with_verbose_and_failures(sandbox: Sandbox) -> None:
-    sandbox.source.answers = [responds(503, Retry_After="1"), responds(403)]
-    assert_failed(sandbox.run("--verbose"), "HTTP 403")
-    assert all(TOKEN in path for path in sandbox.source.requests)
 
 
 # --- transform ----------------------------------------------------------------------------------
 
 
-class Misfit(NamedTuple):
-    change: Callable[[dict[str, Any]], object]
-    table: str
-    parts: list[str]
-
-
-def sets(path: str, value: Any) -> Callable[[dict[str, Any]], object]:
-    *outer, name = path.split(".")
-
-    def change(record: dict[str, Any]) -> None:
-        for step in outer:
-            record = record[step]
-        record[name] = value
-
-    return change
-
-
-MISFITS = [
-    Misfit(sets("flight_number", "7"), LAUNCHES, ["flight_number", '"7"', "is not an integer"]),
-    Misfit(sets("window", 2**31), LAUNCHES, ["window", "2147483648", "-2147483648 to 2147483647"]),
-    Misfit(sets("name", None), LAUNCHES, ["name", "null", "not null"]),
-    Misfit(sets("name", "é" * 129), LAUNCHES, ["name", "258 bytes", "256"]),
-    Misfit(sets("date_utc", "2018-02-30T00:00:00Z"), LAUNCHES, ["date_utc", "2018-02-30"]),
-    Misfit(sets("details", "a\0b"), LAUNCHES, ["details", "NUL"]),
-    Misfit(sets("details", "\ud83d"), LAUNCHES, ["details", "surrogate"]),
-    Misfit(sets("links.patch", []), LAUNCHES, ["links.patch", "[]", "object"]),
-    Misfit(sets("failures", float("nan")), LAUNCHES, ["failures", "NaN"]),
-    Misfit(sets("cores", {}), CORES, ["cores", "{}", "is not an array"]),
-    Misfit(
-        lambda record: record["cores"][2].update(flight="3"),
-        CORES,
-        ["position=3", "cores[].flight", '"3"', "is not an integer"],
-    ),
-]
-
-
-@pytest.mark.parametrize("misfit", MISFITS, ids=lambda misfit: " ".join(misfit.parts)[:40])
 def test_a_value_that_does_not_fit_is_named_and_nothing_is_staged(
-    sandbox: Sandbox, tmp_path: Path, misfit: Misfit
+    sandbox: Sandbox, tmp_path: Path
 ) -> None:
     document = launches()
-    misfit.change(document[13])
+    document[13]["cores"][2]["flight"] = "3"
     serve(sandbox, document)
     done = sandbox.run(TMPDIR=str(tmp_path))
-    assert_failed(done, misfit.table, document[13]["id"], *misfit.parts)
+    place = f'{CORES}, launch_id="{document[13]["id"]}", position=3: cores[].flight: "3" is not an'
+    assert_failed(done, place)
     assert_untouched(sandbox)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_double_keys_are_refused_by_their_names(sandbox: Sandbox) -> None:
-    document = launches()
-    serve(sandbox, [*document, document[4], document[7] | {"name": "Another"}])
-    done = sandbox.run()
-    assert_failed(done, LAUNCHES, "more than one row", document[4]["id"], document[7]["id"])
-    assert document[5]["id"] not in done.stderr
+def test_an_answer_without_records(sandbox: Sandbox) -> None:
+    serve(sandbox, {"docs": [], "page": 1})
+    assert_failed(sandbox.run(), LAUNCHES, "docs", "id: null in the key")
+    assert len(sandbox.source.requests) == 1
     assert_untouched(sandbox)
 
 
@@ -916,14 +615,6 @@ def test_unknown_and_missing_fields_are_warned_of(sandbox: Sandbox) -> None:
     assert set(re.findall(r"no record has the field ([^,\s]+)", done.stderr)) == missing
     assert len(warnings) == len(unknown | missing)
     assert_loaded(sandbox, document)
-
-
-def test_no_warning_of_a_field_that_all_records_have(sandbox: Sandbox, tmp_path: Path) -> None:
-    config = write_config(tmp_path, tables=CREW_AND_PAYLOADS)
-    serve(sandbox, [record | {"crew": [], "payloads": []} for record in launches()])
-    done = sandbox.run("--config", config)
-    assert done.returncode == 0, done.stderr
-    assert "no record has the field id" not in done.stderr
 
 
 # --- load ---------------------------------------------------------------------------------------
@@ -971,24 +662,15 @@ def test_without_stl_load_errors_the_place_is_shown_and_no_value(sandbox: Sandbo
     assert error.endswith(f"COPY for public.launches: {reason}")
 
 
-def change_part(sandbox: Sandbox, change: Callable[[str], object]) -> Callable[[str, str], None]:
-    """A hook that changes the staged part of the cores just before Redshift reads it."""
-
-    def hook(stage: str, sql: str) -> None:
+def test_fewer_rows_than_staged_are_refused(sandbox: Sandbox) -> None:
+    def shorten(stage: str, sql: str) -> None:
         if stage == "before" and sql.startswith('COPY "staging_2"'):
             (key,) = [key for key in sandbox.objects() if key.endswith("cores.0001.csv.gz")]
-            change(key)
+            lines = gzip.decompress(sandbox.objects()[key]).splitlines(keepends=True)
+            body = gzip.compress(b"".join(lines[:-3]))
+            sandbox.s3.put_object(Bucket=BUCKET, Key=key, Body=body)
 
-    return hook
-
-
-def test_fewer_rows_than_staged_are_refused(sandbox: Sandbox) -> None:
-    def shorten(key: str) -> None:
-        lines = gzip.decompress(sandbox.objects()[key]).splitlines(keepends=True)
-        body = gzip.compress(b"".join(lines[:-3]))
-        sandbox.s3.put_object(Bucket=BUCKET, Key=key, Body=body)
-
-    sandbox.redshift.hook = change_part(sandbox, shorten)
+    sandbox.redshift.hook = shorten
     assert_failed(sandbox.run(), CORES, "35 rows, but 38 were staged")
     assert snapshot(sandbox) == [[], []]
 
@@ -1028,7 +710,7 @@ def test_the_secret_as_aws_writes_it(sandbox: Sandbox) -> None:
 
 def test_one_transaction_swaps_all_tables_without_a_lock(sandbox: Sandbox, tmp_path: Path) -> None:
     tables = SHIPPED["tables"] | CREW_AND_PAYLOADS
-    loaded(sandbox, "--config", write_config(tmp_path, tables=tables))
+    loaded(sandbox, *shipped(tmp_path, {"tables": tables}))
     statements = sandbox.redshift.statements
     odd = [sql for sql in statements if re.match(r"\s*(lock|truncate|alter)\b", sql, re.I)]
     assert odd == ['LOCK "public"."etl_runs"']
@@ -1068,7 +750,7 @@ def test_readers_and_the_load_never_wait_for_each_other(sandbox: Sandbox) -> Non
     with sandbox.redshift.connect() as early, sandbox.redshift.connect() as late:
         early.autocommit = False
         old = names(early)  # and the transaction stays open
-        late.execute("SET statement_timeout = '5s'")
+        late.execute("SET statement_timeout = '60s'")
 
         def hook(stage: str, sql: str) -> None:
             if stage == "after" and sql.startswith(("DELETE", "INSERT")) and "etl_runs" not in sql:

@@ -19,6 +19,7 @@ from helpers import (
     NULL,
     READ_CHARACTERS,
     PipelineError,
+    Record,
     Records,
     batches_of,
     config_of,
@@ -40,16 +41,11 @@ def packed(content: bytes) -> bytes:
     return gzip.compress(content, mtime=0)
 
 
-def brief(value: object) -> str:
-    """A parameter in a test's name."""
-    return ascii(value)[:40]
-
-
 @pytest.fixture
 def read(tmp_path: Path) -> Read:
     """Reads the records of a file with this content."""
 
-    def read(content: str | bytes) -> list[dict[str, Any]]:
+    def read(content: str | bytes) -> Records:
         path = tmp_path / "response"
         path.write_bytes(content.encode() if isinstance(content, str) else content)
         return list(read_records(path))
@@ -62,30 +58,30 @@ def parsed(text: str) -> Any:
     return json.loads(text, parse_float=Decimal)
 
 
-# --- read_batches -------------------------------------------------------------------------------
+# --- records -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        '[{"a":1},{"a":2}]',
-        '[{"a":1},{"a":2}]\n',
-        ' \t\r\n[ \t\r\n{ "a" : 1 } \t\r\n, \t\r\n{\t"a"\r\n:\n2\n}\n]\r\n \t',
-        '\ufeff[{"a":1},{"a":2}]',
-        '\ufeff \n[{"a":1},{"a":2}]',
-        packed(b'[{"a":1},{"a":2}]'),
-        packed(b'\xef\xbb\xbf[{"a":1},{"a":2}]\n'),
-        packed(b'[{"a":1},') + packed(b'{"a":2}]'),
-        '{"a":1}\n{"a":2}',
-        ' \t\r\n\n{ "a" :\t1 } \r\n\n \n{"a":2}\r\n\n',
-        '\ufeff{"a":1}\n{"a":2}\n',
-        " " * 5_000 + '{"a":1}\n{"a":2}\n',
-        packed(b'{"a":1}\n{"a"') + packed(b":2}\n"),
-    ],
-    ids=brief,
-)
-def test_the_records_of_an_array_or_one_a_line(read: Read, content: str | bytes) -> None:
-    assert read(content) == [{"a": 1}, {"a": 2}]
+GOOD: dict[str, str | bytes] = {
+    "array": '[{"a":1},{"a":2}]',
+    "array with a last line": '[{"a":1},{"a":2}]\n',
+    "array with spaces": ' \t\r\n[ \t\r\n{ "a" : 1 } \t\r\n, \t\r\n{\t"a"\r\n:\n2\n}\n]\r\n \t',
+    "array with a mark": '\ufeff[{"a":1},{"a":2}]',
+    "array with a mark and spaces": '\ufeff \n[{"a":1},{"a":2}]',
+    "array after much white space": " " * READ_CHARACTERS + '[{"a":1},{"a":2}]',
+    "array gzipped": packed(b'[{"a":1},{"a":2}]'),
+    "array with a mark gzipped": packed(b'\xef\xbb\xbf[{"a":1},{"a":2}]\n'),
+    "array in two gzip members": packed(b'[{"a":1},') + packed(b'{"a":2}]'),
+    "lines": '{"a":1}\n{"a":2}',
+    "lines with spaces": ' \t\r\n\n{ "a" :\t1 } \r\n\n \n{"a":2}\r\n\n',
+    "lines with a mark": '\ufeff{"a":1}\n{"a":2}\n',
+    "lines after much white space": " " * 5_000 + '{"a":1}\n{"a":2}\n',
+    "lines in two gzip members": packed(b'{"a":1}\n{"a"') + packed(b":2}\n"),
+}
+
+
+@pytest.mark.parametrize("case", GOOD)
+def test_the_records_of_an_array_or_one_a_line(read: Read, case: str) -> None:
+    assert read(GOOD[case]) == [{"a": 1}, {"a": 2}]
 
 
 @pytest.mark.parametrize("join", ["[{}]", "{}"], ids=["array", "lines"])
@@ -100,24 +96,24 @@ def test_batches_are_bounded(tmp_path: Path, join: str) -> None:
     assert max(map(sum, batches)) <= 1050  # a record that did not end yet, and two pieces more
 
 
-ACROSS_BOUNDARIES = [
-    r'[{"text": "\ud83d\ude80 \u00e9 \\ \" \/ \b\f\n\r\t é 🚀 , ] } [ {"}, {"": "\ud83d"}]',
-    '[{"long": "' + "abcdefghi\\\\" * 300 + '"}, {"after": 1}]',
-    '[{"numbers": [0, -1, 12345678901234567890, -1.5, 1e5, 1E-5, 2.5e+10, 0.10]}]',
-    '[{"words": [true, false, null, NaN, Infinity, -Infinity]}, {"next": true}]',
-    '[{"nested": {"a": [{"b": [[], {}, [{}]]}, []]}}, {}, {}]',
-    '[{"id": 1, "parts": [{"id": 2}, {"id": 3}]}, {"id": 4, "parts": [{"id": 5}, {"id": 6}]}]',
-    '[{"id": 1, "text": ",{\\"id\\":"}, {"id": 2, "text": ", {"}, {"id": 3},\n{"id": 4}]',
-    '[{"id": 1}, {"id": 2}, {"ID": {"id": 3}}, {"id": 4}, {"id" : 5}, {"id": 6}]',
-    '[{ "spaces" :\n\t[ 1 ,  2 ] , "and" : { } }   ,\r\n   { "more" : "" }   ]   ',
-]
+ACROSS_BOUNDARIES = {
+    "texts": r'[{"a": "\ud83d\ude80 \u00e9 \\ \" \/ \b\f\n\r\t é 🚀 , ] } [ {"}, {"": "\ud83d"}]',
+    "long": '[{"long": "' + "abcdefghi\\\\" * 300 + '"}, {"after": 1}]',
+    "numbers": '[{"a": [0, -1, 12345678901234567890, -1.5, 1e5, 1E-5, 2.5e+10, 0.10]}]',
+    "words": '[{"words": [true, false, null, NaN, Infinity, -Infinity]}, {"next": true}]',
+    "nested": '[{"nested": {"a": [{"b": [[], {}, [{}]]}, []]}}, {}, {}]',
+    "same key": '[{"id": 1, "a": [{"id": 2}, {"id": 3}]}, {"id": 4, "a": [{"id": 5}, {"id": 6}]}]',
+    "key in text": '[{"id": 1, "a": ",{\\"id\\":"}, {"id": 2, "a": ", {"}, {"id": 3},\n{"id": 4}]',
+    "other key": '[{"id": 1}, {"id": 2}, {"ID": {"id": 3}}, {"id": 4}, {"id" : 5}, {"id": 6}]',
+    "spaces": '[{ "a" :\n\t[ 1 ,  2 ] , "and" : { } }   ,\r\n   { "more" : "" }   ]   ',
+}
 
 
-@pytest.mark.parametrize("size", [*range(1, 8), *range(20, 90, 7), 1000])
-@pytest.mark.parametrize("content", ACROSS_BOUNDARIES, ids=brief)
-def test_records_across_the_boundaries_of_reads(read: Read, content: str, size: int) -> None:
-    with sizes(READ_CHARACTERS=size):
-        assert repr(read(content)) == repr(parsed(content))
+@pytest.mark.parametrize("content", ACROSS_BOUNDARIES.values(), ids=ACROSS_BOUNDARIES)
+def test_records_across_the_boundaries_of_reads(read: Read, content: str) -> None:
+    for size in (*range(1, 8), *range(20, 90, 7), 1000):
+        with sizes(READ_CHARACTERS=size):
+            assert repr(read(content)) == repr(parsed(content))
 
 
 def test_numbers_are_exact(read: Read) -> None:
@@ -140,129 +136,108 @@ def test_records_before_a_fault_are_given(tmp_path: Path, content: str) -> None:
             next(records)
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("<!DOCTYPE html><title>503</title>", 'is HTML or XML, it begins "<!DOCTYPE html>'),
-        ('{"error": "busy"', "not JSON after record 0"),
-        ('{"error":\n"busy"}', "not JSON after record 0"),
-        ('{"a": 1}\n{"a": 2\n', "not JSON after record 1"),
-        ('{"a": 1} {"a": 2}', "not JSON after record 0"),
-        ('{"a": 1},\n{"a": 2}', "not JSON after record 0"),
-        ('{"a": 1}\n[]', "record 2 is not an object: []"),
-        ('{"a": 1}\nnull', "record 2 is not an object: null"),
-        ('{"a": 1}\n\xa0\n', "not JSON after record 1"),
-        (b'{"a": 1}\n{"a": "caf\xe9"}', "not readable after record"),
-        ('{"a": ' + "1" * 5_000 + "}", "not readable after record 0"),
-        ('{"a":' * 100_000, "not readable after record 0"),
-        ("5", 'is no JSON array, it begins "5"'),
-        ("null", 'is no JSON array, it begins "null"'),
-        ('"[]"', "is no JSON array"),
-        ("", "the source is empty"),
-        ("\n", "the source is empty"),
-        (packed(b""), "the source is empty"),
-        (" " * 5_000, "the source is empty"),
-        ("[]", "the source is empty, there is nothing to load"),
-        (" [ \r\n\t] \n", "the source is empty"),
-        ("[", "not JSON after record 0"),
-        ("[,]", "not JSON after record 0"),
-        ("[{}, ]", "not JSON after record 1"),
-        ("[{},, {}]", "not JSON after record 1"),
-        ("[{} {}]", "not JSON after record 1"),
-        ("[{}: {}]", "not JSON after record 1"),
-        ("[{}", "not JSON after record 1: it ends early"),
-        ("[{}, {}, ", "not JSON after record 2: it ends early"),
-        ('[{}, {"a": "te', "not JSON after record 1: it ends early"),
-        ('[{}, {"a": "te\\ud83', "not JSON after record 1: it ends early"),
-        ('[{}, {"a": 1', "not JSON after record 1: it ends early"),
-        ('[{}, {"a": tru', "not JSON after record 1: it ends early"),
-        ("[{}]]", "not JSON after record 1: Extra data"),
-        ("[{}] []", "not JSON after record 1: Extra data"),
-        ("[{}]\n<!-- served in 3 ms -->", "not JSON after record 1: Extra data"),
-        ("[{'a': 1}]", "not JSON after record 0"),
-        ("[{a: 1}]", "not JSON after record 0"),
-        ('[{"a": 01}]', "not JSON after record 0"),
-        ('[{"a": .5}]', "not JSON after record 0"),
-        ('[{"a": 1,}]', "not JSON after record 0"),
-        ('[{"a": [1}]', "not JSON after record 0"),
-        ('[{"a": "line\nbreak"}]', "not JSON after record 0"),
-        (r'[{"a": "\x41"}]', "not JSON after record 0"),
-        ("[{}, // comment\n{}]", "not JSON after record 1"),
-        ("[{}, 5]", "record 2 is not an object: 5"),
-        ("[null]", "record 1 is not an object: null"),
-        ('[{}, "text", {}]', 'record 2 is not an object: "text"'),
-        ("[[{}]]", "record 1 is not an object: [{}]"),
-        (b'[{"a": "caf\xe9"}]', "not readable after record 0"),
-        ('[{"a": 1}]'.encode("utf-16"), "not readable after record 0"),
-        ('[{}, {"a": ' + "1" * 5_000 + "}]", "not readable after record 1"),
-        ('[{"a": 1e99999999999999999999}]', "not readable after record 0"),
-        ("[" * 100_000, "not readable after record 0"),
-        ('[{"a": ' + "[" * 100_000, "not readable after record 0"),
-        ('[{"a":' * 100_000, "not readable after record 0"),
-    ],
-    ids=brief,
-)
-def test_what_holds_no_objects_is_refused(read: Read, content: str | bytes, message: str) -> None:
-    with pytest.raises(PipelineError) as refused:
-        read(content)
-    assert message in str(refused.value)
-    assert len(str(refused.value)) < 400
-
-
-@pytest.mark.parametrize("size", range(1, 8))
-@pytest.mark.parametrize(
-    "content",
-    ["[{},]", "[{} {}]", "[{}", '[{"a": "x', '[{"a": tru}]', '[{"a": 1 "b": 2}]', "[{}, 5]"],
-)
-def test_wrong_arrays_are_refused_across_the_boundaries_of_reads(
-    read: Read, content: str, size: int
-) -> None:
-    with sizes(READ_CHARACTERS=size), pytest.raises(PipelineError):
-        read(content)
-
-
 PACKED = packed(json.dumps([{"a": f"{n:x}" * 9} for n in range(999)]).encode())
 
+# The beginning of what is said after it, and what is refused so.
+WRONG: dict[str, dict[str, str | bytes]] = {
+    "not JSON after record 0": {
+        "object cut": '{"error": "busy"',
+        "object on two lines": '{"error":\n"busy"}',
+        "two objects on a line": '{"a": 1} {"a": 2}',
+        "comma at the end of a line": '{"a": 1},\n{"a": 2}',
+        "bracket": "[",
+        "comma": "[,]",
+        "single quotes": "[{'a': 1}]",
+        "no quotes": "[{a: 1}]",
+        "zero in front": '[{"a": 01}]',
+        "point in front": '[{"a": .5}]',
+        "comma in an object": '[{"a": 1,}]',
+        "wrong bracket": '[{"a": [1}]',
+        "end of line in a text": '[{"a": "line\nbreak"}]',
+        "wrong escape": r'[{"a": "\x41"}]',
+    },
+    "not JSON after record 1": {
+        "line cut": '{"a": 1}\n{"a": 2\n',
+        "odd space between lines": '{"a": 1}\n\xa0\n',
+        "a comment": "[{}, // comment\n{}]",
+        "two commas": "[{},, {}]",
+        "colon": "[{}: {}]",
+    },
+    "not JSON after record 1: Expecting": {
+        "last comma": '[{"a":1},]',
+        "last comma and space": "[{}, ]",
+        "no comma": '[{"a":1} {"b":2}]',
+    },
+    "not JSON after record 0: Expecting": {"no comma in an object": '[{"a":1 "b":2}]'},
+    "not JSON after record 1: it ends early": {
+        "no end": "[{}",
+        "text without end": '[{}, {"a": "te',
+        "escape without end": '[{}, {"a": "te\\ud83',
+        "number without end": '[{}, {"a": 1',
+        "word without end": '[{}, {"a": tru',
+    },
+    "not JSON after record 2: it ends early": {"comma without end": "[{}, {}, "},
+    "not JSON after record 1: Extra data": {
+        "bracket after it": "[{}]]",
+        "array after it": "[{}] []",
+        "HTML after it": "[{}]\n<!-- served in 3 ms -->",
+        "text after much white space": "[{}]" + " " * 2 * READ_CHARACTERS + "garbage",
+        **{f"U+{ord(it):04X} after it": "[{}]" + it for it in "\xa0\x0b\x0c\u2028"},
+    },
+    "record 1 is not an object: null": {"null": "[null]"},
+    "record 1 is not an object: [{}]": {"array in it": "[[{}]]"},
+    "record 2 is not an object: 5": {"number": "[{}, 5]"},
+    'record 2 is not an object: "text"': {"text": '[{}, "text", {}]'},
+    "record 2 is not an object: []": {"array on a line": '{"a": 1}\n[]'},
+    "record 2 is not an object: null": {"null on a line": '{"a": 1}\nnull'},
+    "not readable after record 0": {
+        "digits": '{"a": ' + "1" * 5_000 + "}",
+        "deep object": '{"a":' * 100_000,
+        "Latin-1": b'[{"a": "caf\xe9"}]',
+        "UTF-16": '[{"a": 1}]'.encode("utf-16"),
+        "exponent": '[{"a": 1e99999999999999999999}]',
+        "deep array": "[" * 100_000,
+        "deep value": '[{"a": ' + "[" * 100_000,
+        "deep object in an array": '[{"a":' * 100_000,
+    },
+    "not readable after record 1": {"digits after one": '[{}, {"a": ' + "1" * 5_000 + "}]"},
+    "not readable after record ": {
+        "Latin-1 on a line": b'{"a": 1}\n{"a": "caf\xe9"}',
+        "gzip without end": PACKED[:-9],
+        "gzip cut": PACKED[:100],
+        "gzip header": PACKED[:3],
+        "gzip checksum": PACKED[:-8] + bytes(8),
+        "garbage after gzip": PACKED + b"garbage",
+        "gzip damaged": PACKED[:50] + b"\xff" * 9 + PACKED[59:],
+    },
+    'is HTML or XML, it begins "<!DOCTYPE html>': {"HTML": "<!DOCTYPE html><title>503</title>"},
+    'is no JSON array, it begins "5"': {"number alone": "5"},
+    'is no JSON array, it begins "null"': {"null alone": "null"},
+    "is no JSON array": {"text alone": '"[]"'},
+    "the source is empty, there is nothing to load": {
+        "nothing": "",
+        "end of line": "\n",
+        "nothing gzipped": packed(b""),
+        "spaces": " " * 5_000,
+        "no records": "[]",
+        "no records and spaces": " [ \r\n\t] \n",
+    },
+}
+WRONGS = [(content, said) for said, cases in WRONG.items() for content in cases.values()]
+
 
 @pytest.mark.parametrize(
-    "content",
-    [
-        PACKED[:-9],
-        PACKED[:100],
-        PACKED[:3],
-        PACKED[:-8] + bytes(8),
-        PACKED + b"garbage",
-        PACKED[:50] + b"\xff" * 9 + PACKED[59:],
-    ],
-    ids=["end", "half", "header", "checksum", "garbage after it", "damaged"],
+    ("content", "said"), WRONGS, ids=[name for cases in WRONG.values() for name in cases]
 )
-def test_a_damaged_gzip_file_is_refused(read: Read, content: bytes) -> None:
-    with pytest.raises(PipelineError, match="not readable after record"):
-        read(content)
+def test_what_holds_no_objects_is_refused(read: Read, content: str | bytes, said: str) -> None:
+    for size in (2, 3, 7, READ_CHARACTERS) if len(content) < 50 else (READ_CHARACTERS,):
+        with sizes(READ_CHARACTERS=size), pytest.raises(PipelineError) as refused:
+            read(content)
+        assert said in str(refused.value) or size < READ_CHARACTERS
+        assert len(str(refused.value)) < 400
 
 
-def test_an_array_after_much_whitespace_is_read(read: Read) -> None:
-    assert read(" " * READ_CHARACTERS + "[{}]") == [{}]
-
-
-def test_garbage_after_much_whitespace_is_refused(read: Read) -> None:
-    with pytest.raises(PipelineError, match="Extra data"):
-        read("[{}]" + " " * 2 * READ_CHARACTERS + "garbage")
-
-
-@pytest.mark.parametrize("space", ["\xa0", "\x0b", "\x0c", "\u2028"])
-def test_whitespace_that_is_not_of_json_is_refused(read: Read, space: str) -> None:
-    with pytest.raises(PipelineError, match="Extra data"):
-        read("[{}]" + space)
-
-
-@pytest.mark.parametrize("content", ['[{"a":1},]', '[{"a":1} {"b":2}]', '[{"a":1 "b":2}]'])
-def test_an_array_that_does_not_end_early_is_not_said_to(read: Read, content: str) -> None:
-    with pytest.raises(PipelineError, match="Expecting"):
-        read(content)
-
-
-# --- explode ------------------------------------------------------------------------------------
+# --- rows of elements ----------------------------------------------------------------------------
 
 CORE_COLUMNS = {"launch.id": "integer", "position": "smallint", "core": "varchar(9)"}
 CORES = table_of(CORE_COLUMNS, ["launch_id", "position"], rows="stage.cores", parent="launch")
@@ -275,7 +250,7 @@ SHIPS = table_of(
 
 
 def test_elements_become_rows_with_position_and_parent() -> None:
-    records: list[dict[str, Any]] = [
+    records: Records = [
         {"id": 1, "stage": {"cores": [{"core": "a"}, {"core": "b"}]}},
         {"id": 2, "stage": {"cores": []}},
         {"id": 3, "stage": {"cores": [{"core": "c"}]}},
@@ -284,7 +259,7 @@ def test_elements_become_rows_with_position_and_parent() -> None:
 
 
 def test_elements_that_are_no_objects_become_the_value() -> None:
-    records: list[dict[str, Any]] = [{"id": 1, "ships": ["x", None]}, {"id": 2, "ships": ["y"]}]
+    records: Records = [{"id": 1, "ships": ["x", None]}, {"id": 2, "ships": ["y"]}]
     assert rows_of(records, SHIPS) == [["1", "1", "x"], ["1", "2", "NULL"], ["2", "1", "y"]]
 
 
@@ -298,13 +273,13 @@ def test_elements_that_are_no_objects_become_the_value() -> None:
         {"id": 1, "stage": {"cores": []}},
     ],
 )
-def test_a_record_without_elements_has_no_rows(record: dict[str, Any]) -> None:
+def test_a_record_without_elements_has_no_rows(record: Record) -> None:
     assert rows_of([record], CORES) == []
     assert rows_of([record, {"id": 2, "stage": {"cores": [{}]}}], CORES) == [["2", "1", "NULL"]]
 
 
 def test_the_source_is_not_changed() -> None:
-    records: list[dict[str, Any]] = [{"id": 1, "stage": {"cores": [{"core": "a"}]}}]
+    records: Records = [{"id": 1, "stage": {"cores": [{"core": "a"}]}}]
     before = json.dumps(records)
     rows_of(records, CORES)
     assert json.dumps(records) == before
@@ -323,7 +298,7 @@ def test_the_source_is_not_changed() -> None:
     ],
 )
 def test_rows_that_are_no_array_of_objects_are_refused(cores: Any, message: str) -> None:
-    records: list[dict[str, Any]] = [{"id": 6}, {"id": 7, "stage": {"cores": cores}}]
+    records: Records = [{"id": 6}, {"id": 7, "stage": {"cores": cores}}]
     with pytest.raises(PipelineError) as refused:
         rows_of(records, CORES)
     assert str(refused.value).startswith("public.things, launch_id=7, position=")
@@ -347,7 +322,7 @@ NESTED = table_of({"id": "integer", "a.b.c": "integer", "a.d": "integer", "a.b":
         ({}, ["NULL", "NULL", "NULL"]),
     ],
 )
-def test_nested_paths(record: dict[str, Any], row: list[str]) -> None:
+def test_nested_paths(record: Record, row: list[str]) -> None:
     other = {"id": 8, "a": {"b": {"c": 5}, "d": 6}}
     assert rows_of([other, record | {"id": 9}], NESTED) == [
         ["8", "5", "6", '{"c":5}'],
@@ -367,18 +342,14 @@ def test_nested_paths(record: dict[str, Any], row: list[str]) -> None:
         ({"a": {"d": [1]}}, "a.d: [1] is not an integer"),
     ],
 )
-def test_what_is_not_of_the_configured_shape_is_refused(
-    record: dict[str, Any], message: str
-) -> None:
+def test_what_is_not_of_the_configured_shape_is_refused(record: Record, message: str) -> None:
     with pytest.raises(PipelineError) as refused:
         rows_of([{"id": 8}, record | {"id": 9}, {"id": 10}], NESTED)
     assert str(refused.value) == f"public.things, id=9: {message}"
 
 
 def test_a_misfit_in_an_element_names_the_path_in_the_source() -> None:
-    records: list[dict[str, Any]] = [
-        {"id": 4, "stage": {"cores": [{"core": "a"}, {"core": "0123456789"}]}}
-    ]
+    records: Records = [{"id": 4, "stage": {"cores": [{"core": "a"}, {"core": "0123456789"}]}}]
     with pytest.raises(PipelineError) as refused:
         rows_of(records, CORES)
     assert str(refused.value) == (
@@ -401,7 +372,7 @@ def test_a_misfit_in_the_parent_names_the_path_in_the_source() -> None:
 def cell(type_: str, text: str) -> str:
     """A JSON value as the CSV file has it in a column of this type, between two nulls."""
     table = table_of({"id": "integer", "a.v": type_})
-    records: list[dict[str, Any]] = [
+    records: Records = [
         {"id": 1},
         {"id": 2, "a": {"v": parsed(text)}},
         {"id": 3, "a": {"v": None}},
@@ -413,239 +384,150 @@ def cell(type_: str, text: str) -> str:
 
 
 DIGITS = "12345678901234567890123456789012345678"
+MANY = "x" * 65_535
 
-
-@pytest.mark.parametrize(
-    ("type_", "text", "written"),
-    [
-        ("boolean", "true", "True"),
-        ("boolean", "false", "False"),
-        ("smallint", "-32768", "-32768"),
-        ("smallint", "32767", "32767"),
-        ("integer", "-2147483648", "-2147483648"),
-        ("integer", "2147483647", "2147483647"),
-        ("integer", "-0", "0"),
-        ("bigint", "-9223372036854775808", "-9223372036854775808"),
-        ("bigint", "9223372036854775807", "9223372036854775807"),
-        ("bigint", "9007199254740993", "9007199254740993"),
-        ("real", "1", "1.0"),
-        ("real", "0.1", "0.1"),
-        ("real", "0", "0.0"),
-        ("real", "-3.4028234e38", "-3.4028234e+38"),
-        ("real", "1.1754944e-38", "1.1754944e-38"),
-        ("double precision", "5", "5.0"),
-        ("double precision", "0.1", "0.1"),
-        ("double precision", "0.1000000000000000055511151231257827", "0.1"),
-        ("double precision", "1e22", "1e+22"),
-        ("double precision", "0e5", "0.0"),
-        ("double precision", "-1.7976931348623157e308", "-1.7976931348623157e+308"),
-        ("double precision", "2.2250738585072014e-308", "2.2250738585072014e-308"),
-        ("decimal(5,2)", "123.45", "123.45"),
-        ("decimal(5,2)", "-999.99", "-999.99"),
-        ("decimal(5,2)", "0.1", "0.10"),
-        ("decimal(5,2)", "1", "1.00"),
-        ("decimal(5,2)", "1e2", "100.00"),
-        ("decimal(5,2)", "1.500000", "1.50"),
-        ("decimal(5,2)", "0", "0.00"),
-        ("decimal(5,0)", "99999", "99999"),
-        ("decimal(2,2)", "0.99", "0.99"),
-        ("decimal(38,0)", DIGITS, DIGITS),
-        ("decimal(38,38)", f"-0.{DIGITS}", f"-0.{DIGITS}"),
-        (
-            "decimal(38,19)",
-            "1234567890123456789.1234567890123456789",
-            "1234567890123456789.1234567890123456789",
-        ),
-        ("varchar(3)", '""', ""),
-        ("varchar(3)", '"abc"', "abc"),
-        ("varchar(3)", '"€"', "€"),
-        ("varchar(4)", '"🚀"', "🚀"),
-        ("varchar(4)", r'"\ud83d\ude80"', "🚀"),
-        ("varchar(9)", r'"\r\n\t\",\\N"', '\r\n\t",\\N'),
-        ("varchar(9)", '"  x  "', "  x  "),
-        ("varchar(9)", '"null"', "null"),
-        ("varchar(9)", '"NaN"', "NaN"),
-        ("varchar(65535)", f'"{"x" * 65_535}"', "x" * 65_535),
-        ("date", '"2024-02-29"', "2024-02-29"),
-        ("date", '"0001-01-01"', "0001-01-01"),
-        ("date", '"9999-12-31"', "9999-12-31"),
-        ("timestamp", '"2006-03-24T22:30:00"', "2006-03-24T22:30:00.000000"),
-        ("timestamp", '"2006-03-24 22:30:00.5"', "2006-03-24T22:30:00.500000"),
-        ("timestamp", '"0001-01-01T00:00:00"', "0001-01-01T00:00:00.000000"),
-        ("timestamp", '"9999-12-31T23:59:59.999999"', "9999-12-31T23:59:59.999999"),
-        ("timestamptz", '"2006-03-24T22:30:00.000Z"', "2006-03-24T22:30:00.000000Z"),
-        ("timestamptz", '"2006-03-25T10:30:00+12:00"', "2006-03-24T22:30:00.000000Z"),
-        ("timestamptz", '"2006-03-24T19:00:00-0330"', "2006-03-24T22:30:00.000000Z"),
-        ("timestamptz", '"2006-03-24 23:30:00+01"', "2006-03-24T22:30:00.000000Z"),
-        ("timestamptz", '"2006-03-24T22:30:00.123456Z"', "2006-03-24T22:30:00.123456Z"),
-        ("timestamptz", '"0001-01-01T01:00:00+01:00"', "0001-01-01T00:00:00.000000Z"),
-        ("timestamptz", '"9999-12-31T22:59:59-01:00"', "9999-12-31T23:59:59.000000Z"),
-        ("super", "true", "true"),
-        ("super", "0", "0"),
-        ("super", '""', '""'),
-        ("super", '"text"', '"text"'),
-        ("super", "[]", "[]"),
-        ("super", "[null, 1.50, 1e2]", "[null,1.5,100.0]"),
-        ("super", f"[{DIGITS}]", f"[{DIGITS}]"),
-        ("super", r'{"é": "\ud83d\ude80\n\"\\"}', r'{"é":"🚀\n\"\\"}'),
-        ("super", r'"\\u0000"', r'"\\u0000"'),
-        ("super", f'["{"x" * 65_535}"]', f'["{"x" * 65_535}"]'),
-        ("super", f'["{"é" * 32_767}"]', f'["{"é" * 32_767}"]'),
+# For each type values that fit. What is written is the value itself, unless it is given.
+FITS: dict[str, list[str | tuple[str, str]]] = {
+    "boolean": [("true", "True"), ("false", "False")],
+    "smallint": ["-32768", "32767"],
+    "integer": ["-2147483648", "2147483647", ("-0", "0")],
+    "bigint": ["-9223372036854775808", "9223372036854775807", "9007199254740993"],
+    "real": [("1", "1.0"), "0.1", ("0", "0.0"), ("-3.4028234e38", "-3.4028234e+38")],
+    "double precision": [
+        ("5", "5.0"),
+        "0.1",
+        ("0.1000000000000000055511151231257827", "0.1"),
+        ("1e22", "1e+22"),
+        ("0e5", "0.0"),
+        ("-1.7976931348623157e308", "-1.7976931348623157e+308"),
+        "2.2250738585072014e-308",
     ],
-    ids=brief,
-)
+    "decimal(5,2)": [
+        *("123.45", "-999.99", ("0.1", "0.10"), ("1", "1.00"), ("1e2", "100.00")),
+        *(("1.500000", "1.50"), ("0", "0.00")),
+    ],
+    "decimal(5,0)": ["99999"],
+    "decimal(2,2)": ["0.99"],
+    "decimal(38,0)": [DIGITS],
+    "decimal(38,38)": [f"-0.{DIGITS}"],
+    "decimal(38,19)": ["1234567890123456789.1234567890123456789"],
+    "varchar(3)": [('""', ""), ('"abc"', "abc"), ('"€"', "€")],
+    "varchar(4)": [('"🚀"', "🚀"), (r'"\ud83d\ude80"', "🚀")],
+    "varchar(9)": [
+        (r'"\r\n\t\",\\N"', '\r\n\t",\\N'),
+        *((f'"{text}"', text) for text in ("  x  ", "null", "NaN")),
+    ],
+    "varchar(65535)": [(f'"{MANY}"', MANY)],
+    "date": [(f'"{day}"', day) for day in ("2024-02-29", "0001-01-01", "9999-12-31")],
+    "timestamp": [
+        ('"2006-03-24T22:30:00"', "2006-03-24T22:30:00.000000"),
+        ('"2006-03-24 22:30:00.5"', "2006-03-24T22:30:00.500000"),
+        ('"0001-01-01T00:00:00"', "0001-01-01T00:00:00.000000"),
+        ('"9999-12-31T23:59:59.999999"', "9999-12-31T23:59:59.999999"),
+    ],
+    "timestamptz": [
+        ('"2006-03-24T22:30:00.000Z"', "2006-03-24T22:30:00.000000Z"),
+        ('"2006-03-25T10:30:00+12:00"', "2006-03-24T22:30:00.000000Z"),
+        ('"2006-03-24T19:00:00-0330"', "2006-03-24T22:30:00.000000Z"),
+        ('"2006-03-24 23:30:00+01"', "2006-03-24T22:30:00.000000Z"),
+        ('"2006-03-24T22:30:00.123456Z"', "2006-03-24T22:30:00.123456Z"),
+        ('"0001-01-01T01:00:00+01:00"', "0001-01-01T00:00:00.000000Z"),
+        ('"9999-12-31T22:59:59-01:00"', "9999-12-31T23:59:59.000000Z"),
+    ],
+    "super": [
+        *("true", "0", '""', '"text"', "[]", f"[{DIGITS}]", r'"\\u0000"', f'["{MANY}"]'),
+        *(f'["{"é" * 32_767}"]', ("[null, 1.50, 1e2]", "[null,1.5,100.0]")),
+        (r'{"é": "\ud83d\ude80\n\"\\"}', r'{"é":"🚀\n\"\\"}'),
+    ],
+}
+FITTING = [
+    (type_, *((each, each) if isinstance(each, str) else each))
+    for type_, values in FITS.items()
+    for each in values
+]
+
+
+@pytest.mark.parametrize(("type_", "text", "written"), FITTING)
 def test_a_value_that_fits(type_: str, text: str, written: str) -> None:
     assert cell(type_, text) == written
 
 
-@pytest.mark.parametrize(
-    ("type_", "text", "shown", "rule"),
-    [
-        ("boolean", "0", "0", "is not a boolean"),
-        ("boolean", '"true"', '"true"', "is not a boolean"),
-        ("boolean", "[]", "[]", "is not a boolean"),
-        ("smallint", "true", "true", "is not an integer"),
-        ("smallint", "-32769", "-32769", "is outside -32768 to 32767"),
-        ("smallint", "32768", "32768", "is outside -32768 to 32767"),
-        ("integer", "false", "false", "is not an integer"),
-        ("integer", "1.5", "1.5", "is not an integer"),
-        ("integer", "1.0", "1.0", "is not an integer"),
-        ("integer", "1e2", "1E+2", "is not an integer"),
-        ("integer", '"1"', '"1"', "is not an integer"),
-        ("integer", "NaN", "NaN", "is not an integer"),
-        ("integer", "{}", "{}", "is not an integer"),
-        ("integer", "-2147483649", "-2147483649", "is outside -2147483648 to 2147483647"),
-        ("integer", "2147483648", "2147483648", "is outside -2147483648 to 2147483647"),
-        ("bigint", "-9223372036854775809", "-9223372036854775809", "is outside -9223372"),
-        ("bigint", "9223372036854775808", "9223372036854775808", "is outside -9223372"),
-        ("bigint", "9" * 100, "9" * 80 + "…", "is outside"),
-        ("real", "3.5e38", "3.5E+38", "is outside the range of real"),
-        ("real", "-1e39", "-1E+39", "is outside the range of real"),
-        ("real", "1e-38", "1E-38", "is outside the range of real"),
-        ("real", '"1"', '"1"', "is not a number"),
-        ("double precision", "true", "true", "is not a number"),
-        ("double precision", '"1"', '"1"', "is not a number"),
-        ("double precision", "NaN", "NaN", "is not a number"),
-        ("double precision", "Infinity", "Infinity", "is not a number"),
-        ("double precision", "-Infinity", "-Infinity", "is not a number"),
-        ("double precision", "1e309", "1E+309", "is outside the range of double precision"),
-        ("double precision", "-2e308", "-2E+308", "is outside the range of double precision"),
-        ("double precision", "1e-400", "1E-400", "is outside the range of double precision"),
-        ("double precision", "1" * 400, "1" * 80 + "…", "is outside the range"),
-        ("decimal(5,2)", "1000", "1000", "does not fit decimal(5,2) exactly"),
-        ("decimal(5,2)", "0.001", "0.001", "does not fit decimal(5,2) exactly"),
-        ("decimal(5,2)", "999.995", "999.995", "does not fit decimal(5,2) exactly"),
-        ("decimal(5,2)", "1e99", "1E+99", "does not fit decimal(5,2) exactly"),
-        ("decimal(5,2)", "1e1000000", "1E+1000000", "does not fit decimal(5,2) exactly"),
-        ("decimal(5,2)", "1e-1000000", "1E-1000000", "does not fit decimal(5,2) exactly"),
-        ("decimal(5,2)", "true", "true", "is not a number"),
-        ("decimal(5,2)", '"1.00"', '"1.00"', "is not a number"),
-        ("decimal(5,2)", "NaN", "NaN", "is not a number"),
-        ("decimal(38,0)", "1" * 39, "1" * 39, "does not fit decimal(38,0) exactly"),
-        ("varchar(3)", '"abcd"', '"abcd"', "has a text of 4 bytes, at most 3 fit"),
-        ("varchar(3)", '"é€"', '"é€"', "has a text of 5 bytes, at most 3 fit"),
-        ("varchar(3)", '"🚀"', '"🚀"', "has a text of 4 bytes, at most 3 fit"),
-        ("varchar(3)", "5", "5", "is not a text"),
-        ("varchar(3)", "1.5", "1.5", "is not a text"),
-        ("varchar(9)", "true", "true", "is not a text"),
-        ("varchar(9)", '["a"]', '["a"]', "is not a text"),
-        ("varchar(9)", r'"a\u0000b"', r'"a\u0000b"', "has a NUL character"),
-        ("varchar(9)", r'"a\ud83d"', r'"a\ud83d"', "has a lone surrogate"),
-        ("varchar(9)", f'"{"x" * 500}"', '"' + "x" * 79 + "…", "has a text of 500 bytes"),
-        ("date", '"2023-02-29"', '"2023-02-29"', "does not exist in the calendar"),
-        ("date", '"2023-13-01"', '"2023-13-01"', "does not exist in the calendar"),
-        ("date", '"0000-01-01"', '"0000-01-01"', "is outside the years 1 to 9999"),
-        ("date", '"24/03/2006"', '"24/03/2006"', "is not a date such as"),
-        ("date", '"2006-3-24"', '"2006-3-24"', "is not a date such as"),
-        ("date", '"2006-03-24T00:00:00Z"', '"2006-03-24T00:00:00Z"', "is not a date such as"),
-        ("date", '"2006-03-24 "', '"2006-03-24 "', "is not a date such as"),
-        ("date", '""', '""', "is not a date such as"),
-        ("date", "20060324", "20060324", "is not a date such as"),
-        ("timestamp", '"2006-03-24T22:30:00Z"', '"2006-03-24T22:30:00Z"', "without an offset"),
-        ("timestamp", '"2006-03-24"', '"2006-03-24"', "is not a timestamp"),
-        ("timestamp", '"2006-03-24T22:30"', '"2006-03-24T22:30"', "is not a timestamp"),
-        ("timestamp", '"now"', '"now"', "is not a timestamp"),
-        (
-            "timestamp",
-            '"2006-03-24T22:30:00.1234567"',
-            '"2006-03-24T22:30:00.1234567"',
-            "is not a timestamp",
-        ),
-        ("timestamp", '"2006-03-24T24:00:00"', '"2006-03-24T24:00:00"', "does not exist"),
-        ("timestamp", '"2006-03-24T22:30:60"', '"2006-03-24T22:30:60"', "does not exist"),
-        ("timestamp", '"0000-12-31T23:59:59"', '"0000-12-31T23:59:59"', "is outside the years"),
-        ("timestamptz", '"2006-03-24T22:30:00"', '"2006-03-24T22:30:00"', "with an offset"),
-        ("timestamptz", '"2006-03-24T22:30:00z"', '"2006-03-24T22:30:00z"', "with an offset"),
-        ("timestamptz", "1143239400", "1143239400", "is not a timestamp"),
-        (
-            "timestamptz",
-            '"2006-03-24T22:30:00.0000001Z"',
-            '"2006-03-24T22:30:00.0000001Z"',
-            "is not a timestamp",
-        ),
-        (
-            "timestamptz",
-            '"2006-02-30T22:30:00Z"',
-            '"2006-02-30T22:30:00Z"',
-            "does not exist in the calendar",
-        ),
-        (
-            "timestamptz",
-            '"2006-03-24T22:30:00+24:00"',
-            '"2006-03-24T22:30:00+24:00"',
-            "does not exist in the calendar",
-        ),
-        (
-            "timestamptz",
-            '"0001-01-01T00:00:00+01:00"',
-            '"0001-01-01T00:00:00+01:00"',
-            "is outside the years 1 to 9999",
-        ),
-        (
-            "timestamptz",
-            '"9999-12-31T23:59:59-01:00"',
-            '"9999-12-31T23:59:59-01:00"',
-            "is outside the years 1 to 9999",
-        ),
-        ("super", "NaN", "NaN", "is not JSON that super holds"),
-        ("super", '{"a": [Infinity]}', '{"a": [Infinity]}', "is not JSON that super holds"),
-        ("super", "1e999", "1E+999", "is not JSON that super holds"),
-        ("super", r'["\u0000"]', r'["\u0000"]', "has a NUL character"),
-        ("super", r'{"\u0000": 1}', r'{"\u0000": 1}', "has a NUL character"),
-        ("super", r'["\udc00"]', r'["\udc00"]', "has a lone surrogate"),
-        (
-            "super",
-            f'{{"a": [["{"x" * 65_536}"]]}}',
-            '{"a": [["' + "x" * 71 + "…",
-            "has a text of 65536 bytes, at most 65535 fit",
-        ),
-        (
-            "super",
-            f'["{"é" * 32_768}"]',
-            '["' + "é" * 78 + "…",
-            "has a text of 65536 bytes, at most 65535 fit",
-        ),
-        (
-            "super",
-            f'["{"🚀" * 16_384}"]',
-            '["' + "🚀" * 78 + "…",
-            "has a text of 65536 bytes, at most 65535 fit",
-        ),
-        (
-            "super",
-            f'{{"{"x" * 65_536}": 1}}',
-            '{"' + "x" * 78 + "…",
-            "has a text of 65536 bytes, at most 65535 fit",
-        ),
-        (
-            "super",
-            json.dumps(["x" * 65_000] * 259),
-            '["' + "x" * 78 + "…",
-            "has a text of 16835778 bytes, at most 16777216 fit",
-        ),
+# The rule that values break. They are shown as they are, or as it is given.
+BROKEN: dict[tuple[str, str], list[str | tuple[str, str]]] = {
+    ("boolean", "is not a boolean"): ["0", '"true"', "[]"],
+    ("smallint", "is not an integer"): ["true"],
+    ("smallint", "is outside -32768 to 32767"): ["-32769", "32768"],
+    ("integer", "is not an integer"): ["false", "1.5", "1.0", ("1e2", "1E+2"), '"1"', "NaN", "{}"],
+    ("integer", "is outside -2147483648 to 2147483647"): ["-2147483649", "2147483648"],
+    ("bigint", "is outside -9223372036854775808 to 9223372036854775807"): [
+        *("-9223372036854775809", "9223372036854775808", ("9" * 100, "9" * 80 + "…")),
     ],
-    ids=brief,
-)
+    ("real", "is outside the range of real"): [
+        *(("3.5e38", "3.5E+38"), ("-1e39", "-1E+39"), ("1e-38", "1E-38")),
+        ("1e1000000", "1E+1000000"),
+    ],
+    ("real", "is not a number"): ['"1"'],
+    ("double precision", "is not a number"): ["true", '"1"', "NaN", "Infinity", "-Infinity"],
+    ("double precision", "is outside the range of double precision"): [
+        *(("1e309", "1E+309"), ("-2e308", "-2E+308"), ("1e-400", "1E-400")),
+        *(("1e1000000", "1E+1000000"), ("1" * 400, "1" * 80 + "…")),
+    ],
+    ("decimal(5,2)", "does not fit decimal(5,2) exactly"): [
+        *("1000", "0.001", "999.995", ("1e99", "1E+99"), ("1e1000000", "1E+1000000")),
+        ("1e-1000000", "1E-1000000"),
+    ],
+    ("decimal(5,2)", "is not a number"): ["true", '"1.00"', "NaN"],
+    ("decimal(38,0)", "does not fit decimal(38,0) exactly"): ["1" * 39],
+    ("varchar(3)", "has a text of 4 bytes, at most 3 fit"): ['"abcd"', '"🚀"'],
+    ("varchar(3)", "has a text of 5 bytes, at most 3 fit"): ['"é€"'],
+    ("varchar(3)", "is not a text"): ["5", "1.5"],
+    ("varchar(9)", "is not a text"): ["true", '["a"]'],
+    ("varchar(9)", "has a NUL character"): [r'"a\u0000b"'],
+    ("varchar(9)", "has a lone surrogate"): [r'"a\ud83d"'],
+    ("varchar(9)", "has a text of 500 bytes"): [(f'"{"x" * 500}"', '"' + "x" * 79 + "…")],
+    ("date", "does not exist in the calendar"): ['"2023-02-29"', '"2023-13-01"'],
+    ("date", "is outside the years 1 to 9999"): ['"0000-01-01"'],
+    ("date", "is not a date such as"): [
+        *('"24/03/2006"', '"2006-3-24"', '"2006-03-24T00:00:00Z"', '"2006-03-24 "', '""'),
+        "20060324",
+    ],
+    ("timestamp", "without an offset"): ['"2006-03-24T22:30:00Z"'],
+    ("timestamp", "is not a timestamp"): [
+        *('"2006-03-24"', '"2006-03-24T22:30"', '"now"', '"2006-03-24T22:30:00.1234567"'),
+    ],
+    ("timestamp", "does not exist"): ['"2006-03-24T24:00:00"', '"2006-03-24T22:30:60"'],
+    ("timestamp", "is outside the years"): ['"0000-12-31T23:59:59"'],
+    ("timestamptz", "with an offset"): ['"2006-03-24T22:30:00"', '"2006-03-24T22:30:00z"'],
+    ("timestamptz", "is not a timestamp"): ["1143239400", '"2006-03-24T22:30:00.0000001Z"'],
+    ("timestamptz", "does not exist in the calendar"): [
+        *('"2006-02-30T22:30:00Z"', '"2006-03-24T22:30:00+24:00"'),
+    ],
+    ("timestamptz", "is outside the years 1 to 9999"): [
+        *('"0001-01-01T00:00:00+01:00"', '"9999-12-31T23:59:59-01:00"'),
+    ],
+    ("super", "is not JSON that super holds"): [
+        *("NaN", '{"a": [Infinity]}', ("1e999", "1E+999")),
+    ],
+    ("super", "has a NUL character"): [r'["\u0000"]', r'{"\u0000": 1}'],
+    ("super", "has a lone surrogate"): [r'["\udc00"]'],
+    ("super", "has a text of 65536 bytes, at most 65535 fit"): [
+        (f'{{"a": [["{MANY}x"]]}}', '{"a": [["' + "x" * 71 + "…"),
+        (f'["{"é" * 32_768}"]', '["' + "é" * 78 + "…"),
+        (f'["{"🚀" * 16_384}"]', '["' + "🚀" * 78 + "…"),
+        (f'{{"{MANY}x": 1}}', '{"' + "x" * 78 + "…"),
+    ],
+    ("super", "has a text of 16835778 bytes, at most 16777216 fit"): [
+        (json.dumps(["x" * 65_000] * 259), '["' + "x" * 78 + "…"),
+    ],
+}
+BREAKING = [
+    (type_, *((each, each) if isinstance(each, str) else each), rule)
+    for (type_, rule), values in BROKEN.items()
+    for each in values
+]
+
+
+@pytest.mark.parametrize(("type_", "text", "shown", "rule"), BREAKING)
 def test_a_value_that_does_not_fit_is_named(type_: str, text: str, shown: str, rule: str) -> None:
     with pytest.raises(PipelineError) as refused:
         cell(type_, text)
@@ -654,14 +536,9 @@ def test_a_value_that_does_not_fit_is_named(type_: str, text: str, shown: str, r
     assert rule in message.removeprefix(f"public.things, id=2: a.v: {shown} ")
 
 
-@pytest.mark.parametrize("type_", ["real", "double precision"])
-def test_a_number_with_a_huge_exponent_is_refused(type_: str) -> None:
-    with pytest.raises(PipelineError, match="is outside the range"):
-        cell(type_, "1e1000000")
-
-
 @pytest.mark.parametrize(
-    "text", ["3.4028235e38", "3.4028234663852886e38", "1.17549435e-38", "1.1754943508222875e-38"]
+    "text",
+    ["1.1754944e-38", "3.4028235e38", "3.4028234663852886e38", "1.17549435e-38"],
 )
 def test_a_number_that_rounds_to_the_border_of_real_fits(text: str) -> None:
     assert float(cell("real", text)) == pytest.approx(float(text), rel=1e-7)
@@ -869,7 +746,6 @@ def test_a_renamed_field_is_both(caplog: pytest.LogCaptureFixture) -> None:
         ("\r\n", '"\r\n"'),
         (" é🚀\u2028", '" é🚀\u2028"'),
     ],
-    ids=brief,
 )
 def test_a_cell_of_text(value: str | None, written: str) -> None:
     table = table_of({"id": "integer", "text": "varchar(99)"})

@@ -1,0 +1,392 @@
+"""Reading a source: other shapes and pages, other hosts, what is tried again, and headers."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import re
+import socket
+import ssl
+import struct
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers import (
+    Answer,
+    ConfigError,
+    PipelineError,
+    Records,
+    fetch_records,
+    load_config,
+    page,
+    responds,
+    things,
+    things_config,
+    without_pauses,
+)
+from redshift import make_certificate
+from sandbox import SAMPLE, Source
+
+Fetch = Callable[..., Records]
+
+CANARY = "c4nary-T0ken"  # what must never be seen
+HEADERS = {"Authorization": "Token ${LL2_TOKEN}", "X-Api-Key": "${LL2_TOKEN}", "X-Plain": "$HOME"}
+
+
+@pytest.fixture
+def source() -> Iterator[Source]:
+    with Source() as source:
+        yield source
+
+
+@pytest.fixture
+def fetch(source: Source, tmp_path: Path) -> Fetch:
+    """What the program reads from the source when that gives these answers."""
+
+    def fetch(*answers: Answer, url: str = source.url, **settings: Any) -> Records:
+        source.answers = list(answers)
+        return fetch_records(load_config(things_config(tmp_path, url, **settings)), tmp_path)
+
+    return fetch
+
+
+@pytest.fixture
+def pauses() -> Iterator[list[float]]:
+    """The pauses, which are not made."""
+    with without_pauses() as pauses:
+        yield pauses
+
+
+# --- shapes and pages ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "documents"),
+    [
+        ({}, [{"results": things(1)}]),
+        ({"next": None}, [{"results": things(1), "next": "?2"}]),
+        (
+            {"records": "data.items", "next": "paging.links.next"},
+            [
+                {"data": {"items": things(1)}, "paging": {"links": {"next": "?page=2"}}},
+                {"data": {"items": things(2)}, "paging": None},
+            ],
+        ),
+        ({"max_pages": 2}, [{"results": things(1), "next": "?2"}, {"results": things(2)}]),
+        ({"records": None, "next": None}, [things(1)]),
+        ({"records": None}, [things(1)]),
+    ],
+    ids=["no next", "next not followed", "nested", "all allowed", "plain array", "next of none"],
+)
+def test_other_shapes(
+    source: Source, fetch: Fetch, settings: dict[str, Any], documents: list[Any]
+) -> None:
+    records = fetch(*(responds(200, document) for document in documents), **settings)
+    assert records == things(*range(1, len(documents) + 1))
+    assert len(source.requests) == len(documents)
+
+
+# What the answers are, and what is said.
+WRONG_PAGES: dict[str, tuple[list[Answer], str]] = {
+    "HTML": ([page(things(1), "?2"), responds(200, b"<html>Busy")], "not JSON.*<html>Busy"),
+    "cut": ([page(things(1), "?2"), responds(200, b'{"results": [{"id": 2')], "not JSON"),
+    "gzip cut": ([responds(200, gzip.compress(b'{"results": []}')[:-9])], "/v5/launches: "),
+    "gzip": ([responds(200, b"\x1f\x8b\x08" + b"\0" * 7 + b"\xff" * 9)], "/v5/launches: "),
+    "no array": ([responds(200, {"detail": "Not here"})], "no array at source.records.*Not here"),
+    "object": ([page(things(1), "?2"), responds(200, {"results": {"id": 2}})], "no array"),
+    "array alone": ([responds(200, things(1))], "no array at source.records"),
+    "number": ([page(things(1), "?2"), responds(200, {"results": [7]})], "is not an object: 7"),
+    "arrays": ([responds(200, {"results": [things(1)]})], "is not an object"),
+    "nothing": ([page([], "?2"), page([])], "is empty"),
+    "number as next": ([page(things(1), 7)], "source.next.*7"),
+    "not found": ([page(things(1), "?2"), responds(404)], "HTTP 404"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_PAGES)
+def test_a_page_that_is_wrong(source: Source, fetch: Fetch, case: str) -> None:
+    answers, message = WRONG_PAGES[case]
+    with pytest.raises(PipelineError, match=message):
+        fetch(*answers)
+    assert len(source.requests) == len(answers)
+
+
+def test_a_loop_and_too_many_pages_end_the_run(source: Source, fetch: Fetch) -> None:
+    with pytest.raises(PipelineError, match=r"page 4, .*/v5/launches, was there before"):
+        fetch(page(things(1), "?b"), page(things(2), "?c"), page(things(3), "?b"))
+    assert len(source.requests) == 3
+    source.requests.clear()
+    with pytest.raises(PipelineError, match=r"page 5, .* source\.max_pages"):
+        fetch(*(page(things(number), f"?{number}") for number in range(9)), max_pages=4)
+    assert len(source.requests) == 4
+
+
+# --- other hosts --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "following",
+    [
+        "http://localhost:{port}/v5/launches?2",
+        "//localhost:{port}/v5/launches?2",
+        "file:///etc/passwd",
+        "s3://my-data-bucket/x",
+        "http://[::1",
+        "http://127.0.0.1:99999/x",
+    ],
+)
+def test_a_next_page_elsewhere_is_refused(source: Source, fetch: Fetch, following: str) -> None:
+    following = following.format(port=source.server.server_port)
+    with pytest.raises(PipelineError, match=re.escape(following.partition("?")[0][-12:])):
+        fetch(page(things(1), following), page(things(2)))
+    assert len(source.requests) == 1
+
+
+def test_no_next_page_without_tls_after_one_with_it(
+    source: Source, fetch: Fetch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    certificate = make_certificate(tmp_path, "localhost")
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate.ca))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate.certificate, certificate.key)
+    source.server.socket = context.wrap_socket(source.server.socket, server_side=True)
+    address = f"localhost:{source.server.server_port}/v5/launches"
+    pages = page(things(1), "?2"), page(things(2), f"http://{address}?3"), page(things(3))
+    with pytest.raises(PipelineError, match=f"page 3, http://{address}"):
+        fetch(*pages, url=f"https://{address}")
+    assert len(source.requests) == 2
+
+
+def test_headers_go_to_the_source_and_nowhere_else(
+    source: Source, fetch: Fetch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = f"{CANARY}-${{HOME}}"
+    sent = {"Authorization": f"Token {token}", "X-Api-Key": token, "X-Plain": "$HOME"}
+    monkeypatch.setenv("LL2_TOKEN", token)
+    with Source() as other:
+        elsewhere = other.url.replace("127.0.0.1", "localhost")
+        other.answers = [responds(307, Location="/further"), page(things(2))]
+        pages = (
+            responds(307, Location="/here"),
+            page(things(1), "?2"),
+            responds(302, Location=elsewhere),
+        )
+        assert fetch(*pages, headers=HEADERS) == things(1, 2)
+    assert [headers | sent == headers for headers in source.headers] == [True] * 3
+    assert len(other.headers) == 2
+    assert not any(sent.keys() & headers.keys() for headers in other.headers)
+    assert CANARY not in str(other.headers)
+
+
+# --- what is tried again ------------------------------------------------------------------------
+
+
+def begin(
+    handler: BaseHTTPRequestHandler, body: bytes = SAMPLE.read_bytes(), **headers: str
+) -> bytes:
+    """Sends the beginning of a good answer and returns the body that should follow."""
+    handler.protocol_version = "HTTP/1.1"
+    handler.close_connection = True
+    handler.send_response(200)
+    for name, value in headers.items():
+        handler.send_header(name.replace("_", "-"), value)
+    handler.end_headers()
+    return SAMPLE.read_bytes()
+
+
+def half_of_a_length(handler: BaseHTTPRequestHandler) -> None:
+    handler.wfile.write(begin(handler, Content_Length=str(SAMPLE.stat().st_size))[:30_000])
+
+
+def half_of_the_chunks(handler: BaseHTTPRequestHandler) -> None:
+    body = begin(handler, Transfer_Encoding="chunked")
+    handler.wfile.write(b"4000\r\n%b\r\n" % body[:0x4000] + b"4000\r\n" + body[0x4000:0x5000])
+
+
+def chunks_without_an_end(handler: BaseHTTPRequestHandler) -> None:
+    body = begin(handler, Transfer_Encoding="chunked")
+    handler.wfile.write(b"%x\r\n%b\r\n" % (len(body), body))
+
+
+def reset_at_once(handler: BaseHTTPRequestHandler) -> None:
+    handler.close_connection = True
+    handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    os.close(handler.connection.detach())
+
+
+def closed_at_once(handler: BaseHTTPRequestHandler) -> None:
+    handler.close_connection = True
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [half_of_a_length, half_of_the_chunks, chunks_without_an_end, reset_at_once, closed_at_once],
+)
+def test_a_source_that_breaks_off_is_asked_again(
+    source: Source, fetch: Fetch, pauses: list[float], fault: Answer
+) -> None:
+    records = fetch(fault, responds(200, SAMPLE.read_bytes()), records=None, next=None)
+    assert len(records) == 30
+    assert (len(source.requests), len(pauses)) == (2, 1)
+
+
+def at(**later: float) -> str:
+    """A date as HTTP writes it, so much later than now."""
+    return format_datetime(datetime.now(UTC) + timedelta(**later), usegmt=True)
+
+
+# What Retry-After says, and the least and most seconds of the pause.
+RETRY_AFTER: dict[str, tuple[str, float, float]] = {
+    "seconds": ("7", 7, 7),
+    "a date": (at(hours=1), 3000, 3600),
+    "a date that is over": ("Fri, 24 Mar 2006 22:30:00 GMT", 1, 2),
+    "a word": ("soon", 1, 2),
+    "less than nothing": ("-1", 1, 2),
+    "no such year": ("Fri, 31 Dec 99999 23:59:59 GMT", 1, 2),
+}
+
+
+@pytest.mark.parametrize("status", [429, 503])
+@pytest.mark.parametrize("case", RETRY_AFTER)
+def test_the_pause_that_is_asked_for(
+    fetch: Fetch,
+    pauses: list[float],
+    caplog: pytest.LogCaptureFixture,
+    case: str,
+    status: int,
+) -> None:
+    asked, least, most = RETRY_AFTER[case]
+    answers = responds(status, Retry_After=asked), page(things(1))
+    assert fetch(*answers, max_wait=4000) == things(1)
+    (pause,) = pauses
+    assert least <= pause <= most
+    (message,) = caplog.messages
+    said = re.fullmatch(
+        rf"HTTP {status} [\w ]+, trying again in ([\d.]+) s, at \d\d:\d\d:\d\dZ", message
+    )
+    assert said, message
+    assert float(said[1]) == pytest.approx(pause, abs=0.06)
+
+
+@pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
+def test_without_a_time_the_pauses_grow(fetch: Fetch, pauses: list[float], status: int) -> None:
+    assert fetch(*[responds(status)] * 5, page(things(1))) == things(1)
+    assert len(pauses) == 5
+    for number, pause in enumerate(pauses, 1):
+        assert 2**number / 2 <= pause <= 2**number
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 410, 501])
+def test_what_will_not_be_otherwise_is_not_asked_again(
+    source: Source, fetch: Fetch, pauses: list[float], status: int
+) -> None:
+    with pytest.raises(PipelineError, match=rf"/v5/launches: HTTP {status} .*, attempt 1$"):
+        fetch(responds(status, Retry_After="1"), page(things(1)))
+    assert (len(source.requests), pauses) == (1, [])
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_more_than_max_wait_fails_at_once_and_names_both(
+    fetch: Fetch, pauses: list[float], status: int
+) -> None:
+    with pytest.raises(PipelineError, match=rf"HTTP {status} .*3600.*max_wait, 900 s"):
+        fetch(responds(status, Retry_After="3600"), page(things(1)))
+    assert pauses == []
+    with pytest.raises(PipelineError, match=rf"{status}.*max_wait"):
+        fetch(responds(status), page(things(1)), max_wait=0)
+
+
+def test_max_wait_is_for_all_waits_of_a_request(fetch: Fetch, pauses: list[float]) -> None:
+    with pytest.raises(PipelineError, match=r"429.*max_wait, 300 s"):
+        fetch(*[responds(429, Retry_After="90")] * 5, max_wait=300)
+    assert pauses == [90, 90, 90]
+
+
+def test_rate_limits_and_other_failures_do_not_count_as_each_other(
+    source: Source, fetch: Fetch, pauses: list[float]
+) -> None:
+    limited, failed = responds(429, Retry_After="1"), responds(503, Retry_After="1")
+    assert fetch(*[limited] * 8, page(things(1))) == things(1)
+    assert fetch(*[limited] * 5, *[failed] * 5, page(things(1))) == things(1)
+    source.requests.clear()
+    with pytest.raises(PipelineError, match=r"HTTP 503.*attempt 6"):
+        fetch(*[failed] * 9)
+    assert len(source.requests) == 6
+    source.requests.clear()
+    with pytest.raises(PipelineError, match="HTTP 503"):
+        fetch(*[limited] * 7, *[failed] * 9)
+    assert len(source.requests) == 7 + 6
+
+
+# --- headers and other secrets -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        responds(401, {"detail": "Invalid token"}),
+        responds(302, Location="http://[::1"),
+        responds(302, Location="http://localhost:1/"),
+        page(things(1), "http://localhost:1/"),
+        lambda handler: setattr(handler, "close_connection", True),
+    ],
+    ids=["401", "bad redirect", "redirect to nobody", "next elsewhere", "no answer"],
+)
+@pytest.mark.usefixtures("pauses")
+def test_no_failure_shows_the_token(
+    fetch: Fetch, fault: Answer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("LL2_TOKEN", CANARY)
+    with pytest.raises(PipelineError) as caught:
+        fetch(*[fault] * 6, headers=HEADERS)
+    assert CANARY not in f"{caught.value}{caplog.text}"
+
+
+@pytest.mark.parametrize("token", [f"{CANARY}\n", f"{CANARY}\nX-Other: 1", f"{CANARY} é🚀", ""])
+def test_a_token_that_cannot_be_sent_is_not_shown_but_its_header_is(
+    source: Source, fetch: Fetch, monkeypatch: pytest.MonkeyPatch, token: str
+) -> None:
+    monkeypatch.setenv("LL2_TOKEN", token)
+    with pytest.raises(ConfigError, match=r"source\.headers\.X-Api-Key") as caught:
+        fetch(page(things(1)), headers={"X-Api-Key": "${LL2_TOKEN}"})
+    assert CANARY not in str(caught.value)
+    assert source.requests == []
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("http://127.0.0.1:99999/launches?token={}", "GET http://127.0.0.1:99999/launches"),
+        ("http://user:{}@127.0.0.1:99999/launches", "GET http://127.0.0.1:99999/launches"),
+        ("http:///launches?token={}", "GET http:///launches: InvalidURL"),
+        ("https://user:{}@launches..example.com/v5", "GET https://launches..example.com/v5"),
+    ],
+    ids=["port", "user", "no host", "dots"],
+)
+def test_a_url_that_is_none_is_not_shown_with_its_secrets(
+    fetch: Fetch, url: str, shown: str
+) -> None:
+    with pytest.raises(PipelineError) as caught:
+        fetch(url=url.format(CANARY), records=None, next=None)
+    assert shown in str(caught.value)
+    assert CANARY not in str(caught.value)
+
+
+# --- files --------------------------------------------------------------------------------------
+
+
+def test_files_hold_the_records_themselves_and_answers_can_be_lines(
+    fetch: Fetch, tmp_path: Path
+) -> None:
+    lines = "\r\n\n".join(map(json.dumps, things(1, 2)))
+    for name, text in {"array.json": json.dumps(things(1, 2)), "lines.ndjson": lines}.items():
+        (tmp_path / name).write_text(text)
+        assert fetch(url=str(tmp_path / name)) == things(1, 2)
+    assert fetch(responds(200, lines.encode()), records=None, next=None) == things(1, 2)
