@@ -1,4 +1,4 @@
-"""What conf/aws and its README say: the stack, its two roles, instance metadata, the database's GRANTs.
+"""What conf/aws and its README say: the stack, its roles, instance metadata, the GRANTs.
 
 The stack is created in moto, through CloudFormation. Moto has no instance metadata and ignores the
 resources that policies name, so these two are played here, by `Metadata` and `Gateway`.
@@ -34,6 +34,7 @@ from sandbox import DATABASE, REGION, ROOT, SAMPLE, SECRET, LocalServer, Sandbox
 from sequra_challenge import main
 
 STACK = ROOT / "conf" / "aws" / "stack.yaml"
+TEMPLATE: Any = cfnlint.decode.decode_str(STACK.read_text("utf-8"))[0]
 README = (STACK.parent / "README.md").read_text("utf-8")
 DEPLOY = yaml.safe_load((ROOT / ".github" / "workflows" / "deploy.yml").read_text("utf-8"))
 KEY = f"arn:aws:kms:{REGION}:123456789012:key/1c5d1b9e-0000-4000-8000-9d1b6cfb9f1f"
@@ -475,7 +476,6 @@ def test_what_is_optional_is_left_out(stack: Stack) -> None:
     assert {"LogGroup", "DeployRole", "GitHub"} & stack.resources.keys() == set()
     assert {"LogGroup", "GitHubVariables"} & stack.outputs.keys() == set()
     assert trusted(stack, "InstanceRole") == {"Service": "ec2.amazonaws.com"}
-    assert managed(stack) == []
 
 
 def trusted(stack: Stack, role: str) -> dict[str, str]:
@@ -483,20 +483,10 @@ def trusted(stack: Stack, role: str) -> dict[str, str]:
     return dict(statement["Principal"])
 
 
-def managed(stack: Stack) -> list[str]:
-    name = stack.resources["InstanceRole"]
-    attached = stack.sandbox.client("iam").list_attached_role_policies(RoleName=name)
-    return [policy["PolicyName"] for policy in attached["AttachedPolicies"]]
-
-
-@pytest.mark.parametrize(
-    "stack", [{"WithLogGroup": "true", "SessionManager": "true"}], indirect=True, ids=["asked for"]
-)
-def test_a_log_group_and_a_shell(sandbox: Sandbox, stack: Stack, tmp_path: Path) -> None:
-    """A second stack makes another log group, since the first one's is kept."""
-    assert managed(stack) == ["AmazonSSMManagedInstanceCore"]
-    second = Stack(sandbox, "https://example.org/hook", tmp_path, {"WithLogGroup": "true"})
-    names = [each.outputs["LogGroup"] for each in (stack, second)]
+def test_a_log_group_for_each_stack(sandbox: Sandbox, slack: Slack, tmp_path: Path) -> None:
+    """A second stack makes another one, since the first one's is kept."""
+    stacks = [Stack(sandbox, slack.url, tmp_path, {"WithLogGroup": "true"}) for _ in range(2)]
+    names = [stack.outputs["LogGroup"] for stack in stacks]
     assert len({*names}) == 2
     found = sandbox.client("logs").describe_log_groups()["logGroups"]
     kept = {group["logGroupName"]: group["retentionInDays"] for group in found}
@@ -509,6 +499,16 @@ def test_a_log_group_and_a_shell(sandbox: Sandbox, stack: Stack, tmp_path: Path)
 def blocks(language: str) -> list[str]:
     """The README's blocks in a language."""
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_session_manager() -> None:
+    """Moto leaves managed policies out."""
+    condition = TEMPLATE["Conditions"]["HasSessionManager"]
+    assert condition == {"Fn::Equals": [{"Ref": "SessionManager"}, "true"]}
+    assert TEMPLATE["Parameters"]["SessionManager"]["Default"] == "false"
+    arn = "arn:${AWS::Partition}:iam::aws:policy/AmazonSSMManagedInstanceCore"
+    (given,) = TEMPLATE["Resources"]["InstanceRole"]["Properties"]["ManagedPolicyArns"]
+    assert given["Fn::If"] == ["HasSessionManager", {"Fn::Sub": arn}, {"Ref": "AWS::NoValue"}]
 
 
 def test_another_service_than_ec2(sandbox: Sandbox, slack: Slack, tmp_path: Path) -> None:
@@ -572,8 +572,7 @@ def test_github_may_deploy_and_no_more(
     ],
 )
 def test_parameters_are_checked(parameter: str, good: list[str], bad: list[str]) -> None:
-    template, _ = cfnlint.decode.decode_str(STACK.read_text())
-    pattern = template["Parameters"][parameter]["AllowedPattern"]
+    pattern = TEMPLATE["Parameters"][parameter]["AllowedPattern"]
     matches = {value: bool(re.fullmatch(pattern, value)) for value in good + bad}
     assert matches == dict.fromkeys(good, True) | dict.fromkeys(bad, False)
 
@@ -632,9 +631,8 @@ def test_on_an_instance_with_the_stacks_role(
 
 def days_kept(key: str) -> int:
     """How long the stack's bucket keeps an object."""
-    template, _ = cfnlint.decode.decode_str(STACK.read_text())
-    defaults = {name: each.get("Default") for name, each in template["Parameters"].items()}
-    rules = template["Resources"]["Bucket"]["Properties"]["LifecycleConfiguration"]["Rules"]
+    defaults = {name: each.get("Default") for name, each in TEMPLATE["Parameters"].items()}
+    rules = TEMPLATE["Resources"]["Bucket"]["Properties"]["LifecycleConfiguration"]["Rules"]
     days = [
         defaults[rule["ExpirationInDays"]["Ref"]]
         for rule in rules
