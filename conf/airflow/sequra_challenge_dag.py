@@ -1,14 +1,15 @@
 """
 Runs every pipeline, `conf/*.yaml`, once a day: one task each.
 
-The tasks run the program where it is installed, in its own virtual environment. A pipeline that
-fails is tried again, three times; one with a wrong configuration is not.
+The tasks run the program where it is installed, in its own virtual environment. A run that ends
+with exit status 75, which may mend itself, or is killed is tried again, three times; what fails for
+another reason is not.
 
 Environment of Airflow's DAG processor and workers:
 
 | variable | |
 | --- | --- |
-| `SEQURA_CHALLENGE_HOME` | where the program is installed; default `/opt/sequra-challenge` |
+| `SEQURA_CHALLENGE_HOME` | where the program is; default `/opt/sequra-challenge/current` |
 | `SEQURA_CHALLENGE_SLACK` | id of a Slack Incoming Webhook connection to tell the outcome to |
 | `SEQURA_CHALLENGE_EMAIL` | addresses to mail it to, by the connection `smtp_default` |
 
@@ -20,7 +21,11 @@ stay.
 from __future__ import annotations
 
 import html
+import json
+import logging
 import os
+import subprocess
+import threading
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -28,13 +33,14 @@ from typing import Any
 
 from airflow.providers.slack.notifications.slack_webhook import SlackWebhookNotifier
 from airflow.providers.smtp.notifications.smtp import SmtpNotifier
-from airflow.providers.standard.hooks.subprocess import SubprocessHook
 from airflow.sdk import DAG, BaseOperator, task
-from airflow.sdk.exceptions import AirflowException, AirflowFailException
+from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowTaskTimeout
 
-HOME = Path(os.environ.get("SEQURA_CHALLENGE_HOME", "/opt/sequra-challenge"))
+HOME = Path(os.environ.get("SEQURA_CHALLENGE_HOME", "/opt/sequra-challenge/current"))
 SLACK = os.environ.get("SEQURA_CHALLENGE_SLACK")
 EMAIL = os.environ.get("SEQURA_CHALLENGE_EMAIL")
+EXPECTED = {"ConfigError", "PipelineError", "Stopped"}  # their messages say all
+TO_STOP = 60  # seconds that a program has to roll back
 
 
 def report(outcome: str, reason: str) -> list[Callable[[Any], None]]:
@@ -67,24 +73,68 @@ class LoadOperator(BaseOperator):
     def __init__(self, *, pipeline: str, **arguments: Any) -> None:
         super().__init__(**arguments)
         self.pipeline = pipeline
-        self.program = SubprocessHook()
+        self.program: subprocess.Popen[str] | None = None
+        self.message = ""
 
     def execute(self, context: Any) -> str:
-        """Returns the last line of the log, which says what was loaded."""
-        python, config = HOME / ".venv/bin/python", HOME / f"conf/{self.pipeline}.yaml"
-        done = self.program.run_command(
-            [str(python), "sequra_challenge/main.py", "--config", str(config)], cwd=str(HOME)
+        """Returns what the program says was loaded."""
+        home = HOME.resolve()  # a run keeps its release when the link is switched
+        command = [home / ".venv/bin/python", home / "sequra_challenge/main.py"]
+        try:
+            self.program = subprocess.Popen(
+                [*command, "--config", home / f"conf/{self.pipeline}.yaml"],
+                cwd=home,
+                env=os.environ | {"LOG_FORMAT": "json"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                encoding="utf-8",
+                errors="backslashreplace",
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise AirflowFailException(f"the program did not start: {error}") from None
+        try:
+            self.relay()
+        except AirflowTaskTimeout:
+            self.on_kill()
+            self.relay()
+            self.message = f"stopped after {self.execution_timeout}: {self.message}"
+        status = self.program.wait()
+        if not status:
+            return self.message
+        was_killed = status < 0 or status > 128
+        may_mend = was_killed or status == os.EX_TEMPFAIL
+        raise (AirflowException if may_mend else AirflowFailException)(
+            self.message or f"exit status {status}"
         )
-        outcome = done.output.strip()
-        if done.exit_code == 2:  # a wrong configuration, which will not mend itself
-            raise AirflowFailException(outcome)
-        if done.exit_code:
-            raise AirflowException(outcome)
-        return outcome
+
+    def relay(self) -> None:
+        """Logs each line of the program at its own level; keeps how it says that it ended."""
+        assert self.program
+        assert self.program.stdout
+        has_ended = False
+        for line in self.program.stdout:
+            try:
+                record = json.loads(line)
+                level, message = logging.getLevelNamesMapping()[record["level"]], record["message"]
+            except (ValueError, TypeError, KeyError):  # of Python itself or a package
+                record, level, message = {}, logging.WARNING, line.rstrip()
+            error = record.get("error", {})
+            is_bug = error and error["kind"] not in EXPECTED
+            self.log.log(level, "%s", message)
+            if is_bug:
+                self.log.error("%s", error["stack"])
+            if not has_ended:
+                self.message = message
+            has_ended = has_ended or "outcome" in record
 
     def on_kill(self) -> None:
         """Lets the program roll back when the time is up or the task is stopped."""
-        self.program.send_sigterm()
+        if self.program:
+            self.program.terminate()
+            killer = threading.Timer(TO_STOP, self.program.kill)
+            killer.daemon = True
+            killer.start()
 
 
 with DAG(

@@ -74,7 +74,7 @@ def test_each_pipeline_is_a_task_that_airflow_tries_again_and_reports(
         slack.answers = [lambda handler: chat.append(message(handler))] * 10
         environment = sandbox.child_environment(
             AIRFLOW_HOME=str(tmp_path / "airflow"),
-            AIRFLOW__CORE__DAGS_FOLDER=str(DAG.parent),
+            AIRFLOW__CORE__DAGS_FOLDER=str(quick_dag(tmp_path / "dags")),
             AIRFLOW__CORE__DEFAULT_TASK_RETRY_DELAY="0",
             AIRFLOW__CORE__LOAD_EXAMPLES="false",
             AIRFLOW_CONN_SLACK_DEFAULT=json.dumps(
@@ -98,26 +98,28 @@ def test_each_pipeline_is_a_task_that_airflow_tries_again_and_reports(
             day = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
             sandbox.source.answers = [partial(serve, sandbox, day.pid)] * 10
             try:
-                status = day.wait(timeout=240)
+                status = day.wait(timeout=400)
             finally:
                 day.kill()
             file.seek(0)
             log = file.read()
     assert status == 1, log  # one pipeline fails, one is wrong
 
-    # What Airflow told, and on which try: 404 was tried again, a wrong configuration was not.
+    # What Airflow told, and on which try: neither 404 nor a wrong configuration was tried again.
     told = {text.split("\n")[0]: text for text in chat}
     assert sorted(told) == [
+        "sequra_challenge: hangs loaded",
         "sequra_challenge: launches loaded",
-        "sequra_challenge: missing failed on try 4",
+        "sequra_challenge: missing failed on try 1",
         "sequra_challenge: stopped loaded",
         "sequra_challenge: wrong failed on try 1",
     ], log
-    assert len(chat) == 4
+    assert len(chat) == 5
     assert "public.launches 30 rows" in told["sequra_challenge: launches loaded"]
-    assert "404" in told["sequra_challenge: missing failed on try 4"]
+    assert "404" in told["sequra_challenge: missing failed on try 1"]
     wrong = told["sequra_challenge: wrong failed on try 1"]
     assert "&lt;!channel&gt;" in wrong  # and nobody's telephone rings for a name in a file
+    assert "staging.bucket" in wrong  # all faults
     assert sorted(mail["Subject"] for mail in mails) == sorted(told)
     assert {mail["To"] for mail in mails} == {"etl@test, oncall@test"}
     body = mails[chat.index(wrong)].get_body()
@@ -125,10 +127,14 @@ def test_each_pipeline_is_a_task_that_airflow_tries_again_and_reports(
     shown = body.get_content()
     assert "&lt;!channel&gt;" in shown
 
-    assert sandbox.source.requests.count("/missing") == 4
-    assert "stopped by SIGTERM" in log
+    assert sandbox.source.requests.count("/missing") == 1
+    assert "stopped after 0:00:30: stopped by SIGTERM" in log
+    assert re.search(r"\[error +\] GET \S+/missing: HTTP 404", log)
+    assert re.search(r"\[info +\] done: public.launches 30 rows", log)
     loaded = sandbox.query("SELECT source, rows_loaded FROM public.etl_runs")
     assert sorted((Path(row["source"]).name, row["rows_loaded"]) for row in loaded) == [
+        ("hangs", 30),
+        ("hangs", 38),
         ("launches", 30),
         ("launches", 38),
         ("stopped", 30),
@@ -138,16 +144,26 @@ def test_each_pipeline_is_a_task_that_airflow_tries_again_and_reports(
     assert not [secret for secret in (PASSWORD, SECRET_KEY, WEBHOOK_TOKEN) if secret in log]
 
 
+def quick_dag(folder: Path) -> Path:
+    """A folder with the DAG, which waits for seconds instead of hours."""
+    text, times = re.subn(r"timedelta\(hours=3\)", "timedelta(seconds=30)", DAG.read_text("utf-8"))
+    assert times == 1
+    folder.mkdir()
+    (folder / DAG.name).write_text(text, encoding="utf-8")
+    return folder
+
+
 def installation(home: Path, url: str) -> Path:
-    """The program as it is installed for Airflow, with four pipelines."""
+    """The program as it is installed for Airflow, with five pipelines."""
     (home / "conf" / "aws").mkdir(parents=True)
     (home / "conf" / "aws" / "stack.yaml").write_text("# no pipeline\n", encoding="utf-8")
     (home / ".venv").symlink_to(sys.prefix)
     (home / "sequra_challenge").symlink_to(ROOT / "sequra_challenge")
-    for name in ("launches", "missing", "stopped", "wrong"):
+    for name in ("hangs", "launches", "missing", "stopped", "wrong"):
         address = url.replace("/v5/launches", f"/{name}")
         text = re.sub(r"(?m)^  url: \S+", f"  url: {address}", PIPELINE, count=1)
-        text += '"<!channel>": 1\n' * (name == "wrong")
+        if name == "wrong":
+            text = text.replace("  bucket: ", "  bucket: B") + '"<!channel>": 1\n'
         (home / "conf" / f"{name}.yaml").write_text(text, encoding="utf-8")
     return home
 
@@ -156,6 +172,8 @@ def serve(sandbox: Sandbox, airflow: int, handler: BaseHTTPRequestHandler) -> No
     """Answers a pipeline's request; while the first to /stopped waits, Airflow gets SIGTERM."""
     if handler.path == "/missing":
         answer(handler, 404)
+    elif handler.path == "/hangs" and sandbox.source.requests.count("/hangs") == 1:
+        handler.connection.recv(1)  # returns when the program has gone
     elif handler.path == "/stopped" and sandbox.source.requests.count("/stopped") == 1:
         os.kill(airflow, signal.SIGTERM)
         handler.connection.recv(1)  # returns when the program has gone

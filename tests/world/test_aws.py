@@ -1,4 +1,4 @@
-"""What the README says of AWS: the stack, its two roles, instance metadata, the database's GRANTs.
+"""What conf/aws and its README say: the stack, its roles, instance metadata, the GRANTs.
 
 The stack is created in moto, through CloudFormation. Moto has no instance metadata and ignores the
 resources that policies name, so these two are played here, by `Metadata` and `Gateway`.
@@ -34,7 +34,9 @@ from sandbox import DATABASE, REGION, ROOT, SAMPLE, SECRET, LocalServer, Sandbox
 from sequra_challenge import main
 
 STACK = ROOT / "conf" / "aws" / "stack.yaml"
-README = (ROOT / "README.md").read_text()
+TEMPLATE: Any = cfnlint.decode.decode_str(STACK.read_text("utf-8"))[0]
+README = (STACK.parent / "README.md").read_text("utf-8")
+DEPLOY = yaml.safe_load((ROOT / ".github" / "workflows" / "deploy.yml").read_text("utf-8"))
 KEY = f"arn:aws:kms:{REGION}:123456789012:key/1c5d1b9e-0000-4000-8000-9d1b6cfb9f1f"
 USER = "etl"
 
@@ -292,11 +294,37 @@ class BucketPolicy(CloudFormationModel):
         return cls()
 
 
+class GitHub(CloudFormationModel):
+    """AWS::IAM::OIDCProvider, nor this."""
+
+    __module__ = "moto.iam.models"
+
+    physical_resource_id = "arn:aws:iam::123456789012:oidc-provider/made"
+    made: ClassVar[list[Any]] = []
+
+    @staticmethod
+    def cloudformation_name_type() -> str:
+        return ""
+
+    @staticmethod
+    def cloudformation_type() -> str:
+        return "AWS::IAM::OIDCProvider"
+
+    @classmethod
+    def create_from_cloudformation_json(
+        cls, resource_name: str, cloudformation_json: Any, *_: Any, **__: Any
+    ) -> GitHub:
+        cls.made.append(cloudformation_json["Properties"])
+        return cls()
+
+
 class Stack:
     """The stack, created in the sandbox; ``lines`` are those for conf/pipeline.yaml."""
 
-    def __init__(self, sandbox: Sandbox, key: str, slack: str, folder: Path) -> None:
-        self.sandbox, self.key = sandbox, key
+    def __init__(
+        self, sandbox: Sandbox, slack: str, folder: Path, given: dict[str, str] | None = None
+    ) -> None:
+        self.sandbox, self.key = sandbox, (given or {}).get("KmsKey", "")
         parameters = {
             "Host": sandbox.redshift.host,
             "Port": str(sandbox.redshift.port),
@@ -304,8 +332,7 @@ class Stack:
             "DatabaseUser": USER,
             "AlertEmail": "etl@example.org",
             "SlackWebhook": slack,
-            "KmsKey": key,
-        }
+        } | (given or {})
         formation = sandbox.client("cloudformation")
         name = formation.create_stack(
             StackName=f"spacex-{random.randrange(10**9)}",
@@ -329,7 +356,7 @@ class Stack:
         self.roles: dict[str, Any] = {}
         self.statements: dict[str, list[dict[str, Any]]] = {}
         self.keys: dict[str, Any] = {}
-        for role in ("InstanceRole", "CopyRole"):
+        for role in {"InstanceRole", "CopyRole", "DeployRole"} & self.resources.keys():
             name = self.resources[role]
             self.roles[role] = iam.get_role(RoleName=name)["Role"]
             (policy,) = iam.list_role_policies(RoleName=name)["PolicyNames"]
@@ -382,7 +409,7 @@ def slack(sandbox: Sandbox) -> Iterator[Slack]:
 
 @pytest.fixture
 def stack(sandbox: Sandbox, slack: Slack, request: pytest.FixtureRequest, tmp_path: Path) -> Stack:
-    return Stack(sandbox, getattr(request, "param", ""), f"{slack.url}/services/x", tmp_path)
+    return Stack(sandbox, f"{slack.url}/services/x", tmp_path, getattr(request, "param", None))
 
 
 @pytest.fixture
@@ -416,9 +443,8 @@ def instance(stack: Stack, gateway: Gateway, tmp_path: Path) -> Iterator[dict[st
 
 def readme_sql(begin: str) -> str:
     """The README's block of SQL that begins so, for the test's user."""
-    blocks = re.findall(rf"```sql\n({begin}.*?)```", README, re.DOTALL)
-    assert len(blocks) == 1, f"README.md has {len(blocks)} blocks of SQL that begin with {begin}"
-    return re.sub(r"\bloader\b", USER, blocks[0])
+    (found,) = [block for block in blocks("sql") if block.startswith(begin)]
+    return re.sub(r"\bloader\b", USER, found)
 
 
 @pytest.fixture
@@ -446,28 +472,112 @@ def test_cfn_lint_finds_nothing() -> None:
     assert [str(match) for match in found] == []
 
 
-def test_a_log_group_only_where_one_is_named(sandbox: Sandbox, stack: Stack) -> None:
-    assert "Logs" not in stack.resources
-    parameters = {
-        "Host": "localhost",
-        "LogGroup": "/etl/spacex",
-        "AlertEmail": "etl@example.org",  # moto trips over a subscription that is left out
-        "SlackWebhook": "https://example.org/hook",
-    }
-    sandbox.client("cloudformation").create_stack(
-        StackName="with-logs",
-        TemplateBody=STACK.read_text(),
-        Parameters=[
-            {"ParameterKey": name, "ParameterValue": value} for name, value in parameters.items()
-        ],
-        Capabilities=["CAPABILITY_IAM"],
+def test_what_is_optional_is_left_out(stack: Stack) -> None:
+    assert {"LogGroup", "DeployRole", "GitHub"} & stack.resources.keys() == set()
+    assert {"LogGroup", "GitHubVariables"} & stack.outputs.keys() == set()
+    assert trusted(stack, "InstanceRole") == {"Service": "ec2.amazonaws.com"}
+
+
+def trusted(stack: Stack, role: str) -> dict[str, str]:
+    (statement,) = stack.roles[role]["AssumeRolePolicyDocument"]["Statement"]
+    return dict(statement["Principal"])
+
+
+def test_a_log_group_for_each_stack(sandbox: Sandbox, slack: Slack, tmp_path: Path) -> None:
+    """A second stack makes another one, since the first one's is kept."""
+    stacks = [Stack(sandbox, slack.url, tmp_path, {"WithLogGroup": "true"}) for _ in range(2)]
+    names = [stack.outputs["LogGroup"] for stack in stacks]
+    assert len({*names}) == 2
+    found = sandbox.client("logs").describe_log_groups()["logGroups"]
+    kept = {group["logGroupName"]: group["retentionInDays"] for group in found}
+    assert [kept[name] for name in names] == [90, 90]
+    (agent,) = [block for block in blocks("json") if "logs_collected" in block]
+    (file,) = json.loads(agent)["logs"]["logs_collected"]["files"]["collect_list"]
+    assert f"log={file['file_path']}\n" in (ROOT / "conf" / "cron" / "run").read_text("utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    """The README's blocks in a language."""
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_session_manager() -> None:
+    """Moto leaves managed policies out."""
+    condition = TEMPLATE["Conditions"]["HasSessionManager"]
+    assert condition == {"Fn::Equals": [{"Ref": "SessionManager"}, "true"]}
+    assert TEMPLATE["Parameters"]["SessionManager"]["Default"] == "false"
+    arn = "arn:${AWS::Partition}:iam::aws:policy/AmazonSSMManagedInstanceCore"
+    (given,) = TEMPLATE["Resources"]["InstanceRole"]["Properties"]["ManagedPolicyArns"]
+    assert given["Fn::If"] == ["HasSessionManager", {"Fn::Sub": arn}, {"Ref": "AWS::NoValue"}]
+
+
+def test_another_service_than_ec2(sandbox: Sandbox, slack: Slack, tmp_path: Path) -> None:
+    stack = Stack(sandbox, slack.url, tmp_path, {"RunsOn": "ecs-tasks.amazonaws.com"})
+    assert trusted(stack, "InstanceRole") == {"Service": "ecs-tasks.amazonaws.com"}
+    assert stack.outputs["Role"] == stack.roles["InstanceRole"]["Arn"]
+    assert "InstanceProfile" not in stack.resources
+
+
+PROVIDER = "arn:aws:iam::123456789012:oidc-provider/token.actions.githubusercontent.com"
+
+
+@pytest.mark.parametrize(
+    ("given", "provider"),
+    [({}, GitHub.physical_resource_id), ({"GitHubProvider": PROVIDER, "KmsKey": KEY}, PROVIDER)],
+    ids=["a new provider", "the account's provider and a KMS key"],
+)
+def test_github_may_deploy_and_no_more(
+    sandbox: Sandbox, slack: Slack, tmp_path: Path, given: dict[str, str], provider: str
+) -> None:
+    GitHub.made.clear()
+    repository = {"GitHubRepository": "octo@12/etl@34"}
+    stack = Stack(sandbox, slack.url, tmp_path, repository | given)
+    assert [made["Url"] for made in GitHub.made] == (
+        [] if "GitHubProvider" in given else ["https://token.actions.githubusercontent.com"]
     )
-    groups = sandbox.client("logs").describe_log_groups()["logGroups"]
-    shown = [(group["logGroupName"], group["retentionInDays"]) for group in groups]
-    assert shown == [("/etl/spacex", 90)]
+    (trust,) = stack.roles["DeployRole"]["AssumeRolePolicyDocument"]["Statement"]
+    assert trust["Principal"] == {"Federated": provider}
+    assert trust["Action"] == "sts:AssumeRoleWithWebIdentity"
+    issuer = "token.actions.githubusercontent.com"
+    job = DEPLOY["jobs"]["deploy"]
+    subject = f"repo:octo@12/etl@34:environment:{job['environment']}"
+    expected = {f"{issuer}:aud": "sts.amazonaws.com", f"{issuer}:sub": subject}
+    assert trust["Condition"] == {"StringEquals": expected}
+
+    (upload,) = [step for step in job["steps"] if step.get("name") == "Upload"]
+    (prefix,) = re.findall(r'aws s3 cp \S+ "s3://\$BUCKET/(\S+/)\$name"', upload["run"])
+    release = f"arn:aws:s3:::{stack.bucket}/{prefix}sequra-challenge-v1.2.0.tar.gz"
+    raw = f"arn:aws:s3:::{stack.bucket}/spacex/raw/response.json.gz"
+    assert stack.allows("DeployRole", "s3:PutObject", release)
+    assert not stack.allows("DeployRole", "s3:GetObject", release)
+    assert not stack.allows("DeployRole", "s3:PutObject", raw)
+    assert stack.allows("InstanceRole", "s3:GetObject", release)
+    assert not stack.allows("InstanceRole", "s3:PutObject", release)
+    assert stack.allows("DeployRole", "kms:GenerateDataKey", KEY) == ("KmsKey" in given)
+
+    variables = dict(line.split("=") for line in stack.outputs["GitHubVariables"].splitlines())
+    used = {*re.findall(r"vars\.(\w+)", json.dumps(DEPLOY))}
+    assert variables.keys() == used
+    assert variables["DEPLOY_ROLE"] == stack.roles["DeployRole"]["Arn"]
+    assert variables["DEPLOY_BUCKET"] == stack.bucket
 
 
-@pytest.mark.parametrize("stack", [KEY], indirect=True, ids=["with a KMS key"])
+@pytest.mark.parametrize(
+    ("parameter", "good", "bad"),
+    [
+        ("AlertEmail", ["", "me@example.org"], ["me", "me@example", "a@b.de, c@d.de"]),
+        ("Prefix", ["spacex", "sequra-challenge-2/a"], ["sequra-challenge", "sequra-challenge/a"]),
+        ("GitHubRepository", ["", "a/b.c", "a@1/b@2"], ["a", "a/*", "https://github.com/a/b"]),
+        ("GitHubProvider", ["", PROVIDER], [PROVIDER.replace("githubusercontent", "gitlab")]),
+    ],
+)
+def test_parameters_are_checked(parameter: str, good: list[str], bad: list[str]) -> None:
+    pattern = TEMPLATE["Parameters"][parameter]["AllowedPattern"]
+    matches = {value: bool(re.fullmatch(pattern, value)) for value in good + bad}
+    assert matches == dict.fromkeys(good, True) | dict.fromkeys(bad, False)
+
+
+@pytest.mark.parametrize("stack", [{"KmsKey": KEY}], indirect=True, ids=["with a KMS key"])
 def test_on_an_instance_with_the_stacks_role(
     sandbox: Sandbox,
     stack: Stack,
@@ -521,9 +631,8 @@ def test_on_an_instance_with_the_stacks_role(
 
 def days_kept(key: str) -> int:
     """How long the stack's bucket keeps an object."""
-    template, _ = cfnlint.decode.decode_str(STACK.read_text())
-    defaults = {name: each.get("Default") for name, each in template["Parameters"].items()}
-    rules = template["Resources"]["Bucket"]["Properties"]["LifecycleConfiguration"]["Rules"]
+    defaults = {name: each.get("Default") for name, each in TEMPLATE["Parameters"].items()}
+    rules = TEMPLATE["Resources"]["Bucket"]["Properties"]["LifecycleConfiguration"]["Rules"]
     days = [
         defaults[rule["ExpirationInDays"]["Ref"]]
         for rule in rules
@@ -574,8 +683,8 @@ def test_the_roles_can_do_nothing_else(sandbox: Sandbox, stack: Stack, gateway: 
 
 
 def test_the_readmes_policies_are_the_stacks(stack: Stack) -> None:
-    blocks = re.findall(r"```json\n(.*?)```", README, re.DOTALL)
-    written = json.dumps([json.loads(block) for block in blocks if '"Statement"' in block])
+    policies = [json.loads(block) for block in blocks("json") if '"Statement"' in block]
+    written = json.dumps(policies)
     written = written.replace("my-data-bucket", stack.bucket).replace("/loader", f"/{USER}")
     instance, copy, trust = (policy["Statement"] for policy in json.loads(written))
     assert trust == stack.roles["CopyRole"]["AssumeRolePolicyDocument"]["Statement"]
