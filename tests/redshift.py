@@ -1,6 +1,6 @@
 """A stand-in for Amazon Redshift: an embedded PostgreSQL behind a proxy that speaks TLS.
 
-The proxy accepts what `redshift_connector` and psql send, turns Redshift's SQL into PostgreSQL's
+The proxy accepts what `redshift_connector` and psycopg send, turns Redshift's SQL into PostgreSQL's
 and PostgreSQL's errors into Redshift's. It translates:
 
 * COPY from S3 (CSV, checked value by value as Redshift does, with its load error tables),
@@ -139,10 +139,6 @@ REFUSED = [
 ]
 
 
-# What psql asks for \d and the like is written for the PostgreSQL that it finds here.
-CATALOG_QUERY = re.compile(r"SELECT\b.*\bpg_catalog\.", re.IGNORECASE | re.DOTALL)
-
-
 class RedshiftError(Exception):
     """An error that Redshift would report: SQLSTATE, message, detail."""
 
@@ -262,7 +258,6 @@ def quoted(name: str) -> str:
 Translation = str | Callable[["Session"], str]
 
 COPY = re.compile(rf"COPY\s+({TABLE})\s*(\([^()]*\))?\s*FROM\s+({STRING})", re.IGNORECASE)
-# MAXERROR is only accepted as its default: nothing here may load a part of the rows.
 COPY_OPTIONS = {
     "IAM_ROLE": rf"default\b|{STRING}",
     "REGION": STRING,
@@ -271,12 +266,10 @@ COPY_OPTIONS = {
     "CSV": "",
     "IGNOREHEADER": r"\d+",
     "NULL": STRING,
-    "EMPTYASNULL": "",
     "TIMEFORMAT": STRING,
     "DATEFORMAT": STRING,
     "COMPUPDATE": r"(?:OFF|ON|PRESET)\b",
     "STATUPDATE": r"(?:OFF|ON)\b",
-    "MAXERROR": r"0\b",
 }
 COPY_OPTION = re.compile(
     "|".join(
@@ -296,11 +289,6 @@ TABLE_ATTRIBUTE = re.compile(
     re.VERBOSE | re.IGNORECASE,
 )
 LIKE = re.compile(r"LIKE\b", re.IGNORECASE)
-KEY_CONSTRAINT = re.compile(
-    rf"(?:CONSTRAINT\s+{NAME}\s+)?"
-    r"(?:(?P<primary>PRIMARY\s+KEY)|UNIQUE|FOREIGN\s+KEY)\s*\((?P<columns>[^()]*)\)",
-    re.IGNORECASE,
-)
 COLUMN = re.compile(
     rf"(?P<name>{NAME})\s+(?P<type>DOUBLE\s+PRECISION|CHARACTER\s+VARYING|"
     rf"TIME(?:STAMP)?\s+WITH(?:OUT)?\s+TIME\s+ZONE|{NAME})\s*(?:\((?P<size>[\w\s,]*)\))?",
@@ -312,7 +300,6 @@ UNENFORCED = re.compile(
 )
 PRIMARY_KEY = re.compile(r"\bPRIMARY\s+KEY\b", re.IGNORECASE)
 VARCHARS = {"varchar", "character varying", "nvarchar", "text"}
-CHARS = {"char", "character", "nchar", "bpchar"}
 TYPES = re.compile(
     r"(?:small|big)?int|int[248]|integer|decimal|numeric|real|float[48]?|double precision|bool"
     r"|boolean|date|super|time(?:stamp)?(?:tz| with time zone| without time zone)?"
@@ -327,8 +314,6 @@ SYSDATE = re.compile(r"\bSYSDATE\b", re.IGNORECASE)
 
 def translate(statement: Sql) -> Translation:
     """What to do for one statement of Redshift's SQL."""
-    if CATALOG_QUERY.match(statement.mask):
-        return statement.text
     for pattern, message in REFUSED:
         if pattern.search(statement.mask):
             raise syntax_error(message)
@@ -363,9 +348,9 @@ def create_table(statement: Sql, start: int) -> str:
                 if columns and name not in columns:
                     raise RedshiftError("42703", f'{key} column "{name}" not found in the table')
     rest = statement.part(start)
-    if rest.mask and not re.match(r"AS\b", rest.mask, re.IGNORECASE):
+    if rest.mask:
         raise syntax_error(f'syntax error at or near "{rest.text.split()[0]}"')
-    return head + definitions + rest.text
+    return head + definitions
 
 
 def table_columns(definitions: list[Sql]) -> tuple[dict[str, str], list[str]]:
@@ -375,10 +360,6 @@ def table_columns(definitions: list[Sql]) -> tuple[dict[str, str], list[str]]:
     for definition in definitions:
         if LIKE.match(definition.mask):
             like.append(definition.text + " INCLUDING CONSTRAINTS")  # they hold the byte lengths
-        elif key := KEY_CONSTRAINT.match(definition.mask):
-            for part in definition.group(key, "columns").split(","):
-                if key["primary"] and unquoted(part.text) in columns:
-                    columns[unquoted(part.text)] += " NOT NULL"
         else:
             name, column = column_definition(definition)
             columns[name] = column
@@ -399,16 +380,12 @@ def column_definition(definition: Sql) -> tuple[str, str]:
 
 def column_type(name: str, data_type: str, size: str | None) -> str:
     data_type = " ".join(data_type.lower().split())
-    if data_type in VARCHARS | CHARS:
-        kind, length, maximum = ("char", "1", 4096)
-        if data_type in VARCHARS:
-            kind, length, maximum = ("varchar", "256", 65535)
-        if size:
-            length = str(maximum) if size.lower() == "max" else size
-        if not length.isdigit() or not 0 < int(length) <= maximum:
-            raise RedshiftError("22023", f"length for type {data_type} must be 1 to {maximum}")
+    if data_type in VARCHARS:
+        length = (size or "256").lower().replace("max", "65535")
+        if not length.isdigit() or not 0 < int(length) <= 65535:
+            raise RedshiftError("22023", f"length for type {data_type} must be 1 to 65535")
         limit = f"octet_length({quoted(name)}) <= {length}"
-        return f"{kind}({length}) CONSTRAINT {quoted(f'bytes_{name}')} CHECK ({limit})"
+        return f"varchar({length}) CONSTRAINT {quoted(f'bytes_{name}')} CHECK ({limit})"
     if not TYPES.fullmatch(data_type):
         raise syntax_error(f'syntax error: column "{name}" has unsupported type "{data_type}"')
     if data_type in ("decimal", "numeric"):
@@ -513,8 +490,6 @@ MAX_SUPER_STRING = 65535
 
 
 def convert_character(value: str, column: Column, auto: bool) -> str:
-    if column.type == "char" and not value.isascii():
-        raise LoadError(1220, "Multibyte character not supported for CHAR")
     if len(value.encode()) > int(column.length):
         raise LoadError(1204, "String length exceeds DDL length")
     return value
@@ -615,7 +590,6 @@ def check_strings(value: Any) -> None:
 
 CONVERT: dict[str, Callable[[str, Column, bool], str]] = {
     "varchar": convert_character,
-    "char": convert_character,
     **dict.fromkeys(INTEGERS, convert_integer),
     "numeric": convert_decimal,
     "float4": convert_float,
@@ -673,16 +647,11 @@ class CopyCommand:
 
     def target(self, session: Session) -> tuple[str, list[Column]]:
         """The table's oid and the columns to load, in the order of the files."""
-        # Only CREATE TABLE AS makes columns without a length; they get a wide one.
         rows = session.backend.rows(f"""
-            SELECT attrelid::oid, attname,
-                   CASE typname WHEN 'bpchar' THEN 'char' WHEN 'text' THEN 'varchar'
-                                ELSE typname END,
-                   CASE WHEN typname = 'numeric' AND atttypmod < 0 THEN '38,19'
-                        WHEN typname = 'numeric'
-                        THEN (atttypmod - 4) / 65536 || ',' || (atttypmod - 4) % 65536
-                        WHEN typname NOT IN ('varchar', 'bpchar', 'text') THEN ''
-                        WHEN atttypmod < 0 THEN '65535' ELSE (atttypmod - 4)::text END,
+            SELECT attrelid::oid, attname, typname,
+                   CASE typname
+                       WHEN 'numeric' THEN (atttypmod - 4) / 65536 || ',' || (atttypmod - 4) % 65536
+                       WHEN 'varchar' THEN (atttypmod - 4)::text ELSE '' END,
                    attnotnull
             FROM pg_attribute JOIN pg_type ON pg_type.oid = atttypid
             WHERE attrelid = {literal(self.table)}::regclass AND attnum > 0 AND NOT attisdropped
@@ -698,14 +667,13 @@ class CopyCommand:
 
     def files(self, s3: Any) -> list[tuple[str, bytes]]:
         """The URL and the contents of each file to load."""
+        urls = [(self.url, True)]
         if "MANIFEST" in self.options:
             try:
                 entries = json.loads(self.fetch(s3, self.url))["entries"]
                 urls = [(str(entry["url"]), entry.get("mandatory", False)) for entry in entries]
             except (RedshiftError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise RedshiftError("XX000", "Problem reading manifest file", str(error)) from None
-        else:
-            urls = [(url, True) for url in self.matching(s3)]
         files = []
         for url, mandatory in urls:
             try:
@@ -713,23 +681,12 @@ class CopyCommand:
             except RedshiftError:
                 if mandatory:
                     raise
-        if not files:
-            raise missing(self.url)
         if "GZIP" in self.options:
             try:
                 files = [(url, gzip.decompress(data)) for url, data in files]
             except (OSError, EOFError, zlib.error) as error:
                 raise RedshiftError("XX000", f"failed to inflate: {error}") from None
         return files
-
-    def matching(self, s3: Any) -> list[str]:
-        """Without a manifest, every object whose key begins with the URL's is loaded."""
-        bucket, prefix = bucket_and_key(self.url)
-        pages = s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-        try:
-            return [f"s3://{bucket}/{o['Key']}" for page in pages for o in page.get("Contents", [])]
-        except ClientError:
-            raise missing(self.url) from None
 
     def fetch(self, s3: Any, url: str) -> bytes:
         bucket, key = bucket_and_key(url)
@@ -786,11 +743,10 @@ class CopyCommand:
 
     def convert(self, value: str, column: Column) -> str:
         """A field as PostgreSQL's text format has it."""
-        character = column.type in ("varchar", "char")
         # Whether Redshift compares a quoted field with the marker is not documented: we assume
         # the worse, that quotes do not protect a value that looks like it.
         null = value == self.options.get("NULL", r"\N")
-        if null or (value == "" and (not character or "EMPTYASNULL" in self.options)):
+        if null or (value == "" and column.type != "varchar"):
             if column.not_null:
                 raise LoadError(1213, "Missing data for not-null field")
             return r"\N"
@@ -1075,14 +1031,12 @@ class Session(socketserver.BaseRequestHandler):
             {key: parameters[key] for key in kept if key in parameters},
         )
         answer = self.backend.answer()
-        if "driver_version" in parameters:
-            # The driver reads Redshift's version; psql would fall back to queries for 8.0.
-            answer = [
-                Message(b"S", b"server_version\x008.0.2\0")
-                if message.body.startswith(b"server_version\0")
-                else message
-                for message in answer
-            ]
+        answer = [
+            Message(b"S", b"server_version\x008.0.2\0")
+            if message.body.startswith(b"server_version\0")
+            else message
+            for message in answer
+        ]
         if answer[-1].kind == b"E":
             self.client.send(*answer)
             return False
@@ -1307,7 +1261,7 @@ class Redshift:
     """A running stand-in for a Redshift cluster; use it as a context manager.
 
     `folder` gets the certificates; the data is in a temporary folder and gone at the end. `users`
-    are names and passwords; `superuser` may be one of them. After the start, clients connect to
+    are names and passwords. After the start, clients connect to
     `host` and `port` and trust `ca`. `statements` has the text of every statement received; `hook`
     is called with "before" or "after" and a statement's text around each that is run, and may
     raise DropConnection. `postgres` is PostgreSQL's own socket.
@@ -1321,16 +1275,12 @@ class Redshift:
         s3_endpoint: str,
         database: str = "dev",
         users: dict[str, str] | None = None,
-        superuser: str | None = None,
         certificate_host: str = "localhost",
-        port: int = 0,
     ) -> None:
         self.folder = folder
         self.database = database
         self.users = users or {"loader": "Loader-1"}
-        self.superuser = superuser
         self.certificate_host = certificate_host
-        self.port = port
         self.statements: list[str] = []
         self.hook: Callable[[str, str], None] | None = None
         self.sessions: set[Session] = set()
@@ -1374,9 +1324,8 @@ class Redshift:
         with self.connect() as connection:
             connection.execute(HELPERS)
             for user in self.users:
-                kind = "SUPERUSER" if user == self.superuser else ""
                 connection.execute(
-                    f"CREATE ROLE {quoted(user)} LOGIN {kind};"
+                    f"CREATE ROLE {quoted(user)} LOGIN;"
                     f"GRANT CREATE, USAGE ON SCHEMA public TO {quoted(user)};"
                     f"GRANT CREATE, TEMP ON DATABASE {quoted(self.database)} TO {quoted(user)}"
                 )
@@ -1385,7 +1334,7 @@ class Redshift:
         tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         tls.load_cert_chain(certificate.certificate, certificate.key)
         self.tls = tls
-        proxy = Proxy(("127.0.0.1", self.port), Session)
+        proxy = Proxy(("127.0.0.1", 0), Session)
         proxy.redshift = self
         self.port = proxy.server_address[1]
         thread = threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.05})
