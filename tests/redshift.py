@@ -8,10 +8,15 @@ and PostgreSQL's errors into Redshift's. It translates:
   are declared but not enforced), TRUNCATE (which commits), identifiers folded to lower case,
 * serialization failures and too long values into the errors Redshift gives.
 
+Two VARCHAR values are compared without the spaces at their ends, in =, <>, <, IN, DISTINCT, GROUP
+BY, ORDER BY and joins; not so what an expression or a TEXT parameter makes of one. A session is
+serializable, or of SNAPSHOT isolation, for which PostgreSQL's REPEATABLE READ stands; svv_columns
+may be closed to it: see `settings` of Redshift.
+
 It refuses the PostgreSQL syntax that Redshift does not know. It does not pretend to be Redshift in
 speed, in its catalog (beyond `svv_columns`), in privileges on its system tables, or in functions,
-UNLOAD, Spectrum, CHECKs on tables made by CREATE TABLE AS, or identifiers over 63 bytes. Several
-statements in one simple Query run one after another, not as one transaction.
+UNLOAD, Spectrum, CREATE TABLE AS, or identifiers over 63 bytes, nor does it keep a column's
+encoding. Several statements in one simple Query run one after another, not as one transaction.
 """
 
 from __future__ import annotations
@@ -64,6 +69,7 @@ shared_buffers = 16MB
 deadlock_timeout = 200ms
 # Redshift isolates per table; only PostgreSQL's strictest level makes two writers conflict.
 default_transaction_isolation = serializable
+sandbox.svv_columns = open
 search_path = '"$user", public, sandbox'
 datestyle = iso
 timezone = UTC
@@ -106,9 +112,40 @@ CREATE VIEW sandbox.svv_columns AS
            CASE domain_name WHEN 'super' THEN 'super' ELSE data_type END AS data_type,
            character_maximum_length, numeric_precision, numeric_scale, column_default
     FROM information_schema.columns
-    WHERE table_schema NOT IN ('sandbox', 'information_schema', 'pg_catalog');
+    WHERE table_schema NOT IN ('sandbox', 'information_schema', 'pg_catalog')
+        AND current_setting('sandbox.svv_columns') = 'open';
 GRANT SELECT ON sandbox.sys_load_error_detail, sandbox.stl_load_errors, sandbox.svv_columns
     TO PUBLIC;
+"""
+COMPARISONS = {"=": "eq", "<>": "ne", "<": "lt", "<=": "le", ">": "gt", ">=": "ge"}
+# VARCHAR's own operators, so that they are found before those of TEXT, with the functions of
+# bpchar, which is stored alike and compared without the spaces at its end.
+COMPARE_VARCHAR = f"""
+{
+    "".join(
+        f"CREATE FUNCTION sandbox.varchar_{name}(varchar, varchar) RETURNS {result}"
+        f" LANGUAGE internal IMMUTABLE STRICT AS 'bpchar{name}';"
+        for name, result in [*((name, "boolean") for name in COMPARISONS.values()), ("cmp", "int")]
+    )
+}
+CREATE FUNCTION sandbox.varchar_hash(varchar) RETURNS int
+    LANGUAGE internal IMMUTABLE STRICT AS 'hashbpchar';
+{
+    "".join(
+        f"CREATE OPERATOR sandbox.{operator} (LEFTARG = varchar, RIGHTARG = varchar,"
+        f" FUNCTION = sandbox.varchar_{name}{', HASHES, MERGES' * (name == 'eq')});"
+        for operator, name in COMPARISONS.items()
+    )
+}
+CREATE OPERATOR CLASS sandbox.varchar_order DEFAULT FOR TYPE varchar USING btree AS
+    {
+    ", ".join(
+        f"OPERATOR {number} sandbox.{operator}"
+        for number, operator in enumerate(("<", "<=", "=", ">=", ">"), 1)
+    )
+}, FUNCTION 1 sandbox.varchar_cmp(varchar, varchar);
+CREATE OPERATOR CLASS sandbox.varchar_hash DEFAULT FOR TYPE varchar USING hash AS
+    OPERATOR 1 sandbox.=, FUNCTION 1 sandbox.varchar_hash(varchar);
 """
 
 # What Redshift refuses although PostgreSQL knows it: (pattern in the masked SQL, what to say).
@@ -126,7 +163,10 @@ REFUSED = [
         (r"\bAS\s+(?:jsonb?|uuid|bytea)\s*\)", "this type"),
         (r"\[\s*\]|\bARRAY\s*\[", "arrays"),
         (r"^CREATE\s+(?:OR\s+REPLACE\s+)?(?:CONSTRAINT\s+)?TRIGGER\b", "triggers"),
-        (r"\bGENERATED\s+(?:ALWAYS|BY\s+DEFAULT)\b", "identity columns as PostgreSQL writes them"),
+        (
+            r"\bGENERATED\s+(?:ALWAYS|BY\s+DEFAULT)\s+AS\s+IDENTITY\b(?!\s*\(\s*\d)",
+            "identity columns as PostgreSQL writes them",
+        ),
         (r"^CREATE\s+UNLOGGED\b", "UNLOGGED"),
         (r"\bLATERAL\b", "LATERAL"),
         (r"\bFILTER\s*\(\s*WHERE\b", "FILTER"),
@@ -298,6 +338,11 @@ UNENFORCED = re.compile(
     rf"\b(?:ENCODE\s+\w+|DISTKEY|SORTKEY|UNIQUE|REFERENCES\s+{TABLE}(?:\s*\([^()]*\))?)",
     re.IGNORECASE,
 )
+IDENTITY = re.compile(
+    r"\b(?:GENERATED\s+(?P<kind>BY\s+DEFAULT)\s+AS\s+)?"
+    r"IDENTITY\s*\(\s*(?P<seed>\d+)\s*,\s*(?P<step>\d+)\s*\)",
+    re.IGNORECASE,
+)
 PRIMARY_KEY = re.compile(r"\bPRIMARY\s+KEY\b", re.IGNORECASE)
 VARCHARS = {"varchar", "character varying", "nvarchar", "text"}
 TYPES = re.compile(
@@ -374,6 +419,10 @@ def column_definition(definition: Sql) -> tuple[str, str]:
     name = unquoted(definition.group(match, "name").text)
     # A primary key is not enforced, but its columns are NOT NULL all the same.
     rest = definition.part(match.end()).replace(UNENFORCED, "").replace(PRIMARY_KEY, "NOT NULL")
+    if identity := IDENTITY.search(rest.mask):
+        kind = identity["kind"] or "ALWAYS"
+        start = f"START {identity['seed']} INCREMENT {identity['step']}"
+        rest = rest.replace(IDENTITY, f"GENERATED {kind} AS IDENTITY ({start})")
     data_type = column_type(name, match["type"], match["size"])
     return name, f"{quoted(name)} {data_type} {rest.text}".strip()
 
@@ -795,6 +844,7 @@ PROTOCOL_3, SSL_REQUEST, GSS_REQUEST = 196608, 80877103, 80877104
 SYNC = Message(b"S")
 JSONB, SUPER = struct.pack("!i", 3802), struct.pack("!i", 4000)
 VISIBLE_ERROR_FIELDS = "SVCMDH"
+ISOLATION, SNAPSHOT = "default_transaction_isolation", "repeatable read"
 
 
 class Channel:
@@ -933,7 +983,7 @@ def encode_error(fields: dict[str, str]) -> Message:
     return Message(b"E", body.encode())
 
 
-def redshift_answer(message: Message, pid: int) -> Message:
+def redshift_answer(message: Message, session: Session) -> Message:
     """A message of PostgreSQL as Redshift would have sent it."""
     if message.kind == b"T":
         return super_columns(message)
@@ -943,12 +993,15 @@ def redshift_answer(message: Message, pid: int) -> Message:
     constraint = fields.get("n", "")
     # Positions and places in the source would be those of the translated statement.
     fields = {key: text for key, text in fields.items() if key in VISIBLE_ERROR_FIELDS}
-    if fields["C"] == "40001":
+    if fields["C"] == "40001" and session.redshift.settings.get(ISOLATION) == SNAPSHOT:
+        text = "could not complete because of conflict with concurrent transaction"
+        fields = {"S": fields["S"], "C": "XX000", "M": text}
+    elif fields["C"] == "40001":
         fields |= {
             "C": "XX000",
             "M": "1023",
             "D": "Serializable isolation violation on table - 100123, transactions forming the "
-            f"cycle are: 1, 2 (pid:{pid})",
+            f"cycle are: 1, 2 (pid:{session.backend.pid})",
         }
     elif fields["C"] == "22001" or (fields["C"] == "23514" and constraint.startswith("bytes_")):
         fields |= {
@@ -1028,7 +1081,7 @@ class Session(socketserver.BaseRequestHandler):
         kept = ("user", "database", "application_name")
         self.backend = Backend(
             self.redshift.postgres,
-            {key: parameters[key] for key in kept if key in parameters},
+            {key: parameters[key] for key in kept if key in parameters} | self.redshift.settings,
         )
         answer = self.backend.answer()
         answer = [
@@ -1069,7 +1122,7 @@ class Session(socketserver.BaseRequestHandler):
                 text = f"the stand-in for Redshift failed: {type(error).__name__}: {error}"
                 self.client.send(error_message("FATAL", "XX000", text), Message(b"Z", b"I"))
                 return
-            answer = [redshift_answer(message, self.backend.pid) for message in answer]
+            answer = [redshift_answer(message, self) for message in answer]
             self.client.send(*answer, Message(b"Z", self.backend.status))
             batch = []
 
@@ -1077,8 +1130,7 @@ class Session(socketserver.BaseRequestHandler):
         answer: list[Message] = []
         for statement in Sql.read(message.body[:-1].decode()).split(";"):
             if statement.text or not answer:
-                with self.observed(statement.text):
-                    answer += self.guarded(self.run, statement)
+                answer += self.guarded(self.observed, statement.text, self.run, statement)
                 if failed(answer):
                     break
         return answer
@@ -1100,13 +1152,15 @@ class Session(socketserver.BaseRequestHandler):
             call = f"SELECT sandbox.raise({', '.join(map(literal, error.args))})"
             return [message for message in self.backend.query(call) if message.kind == b"E"]
 
-    @contextlib.contextmanager
-    def observed(self, text: str) -> Iterator[None]:
+    def observed(
+        self, text: str, function: Callable[..., list[Message]], *arguments: object
+    ) -> list[Message]:
         """Let the tests see, and interfere with, a statement that is run."""
         self.redshift.statements.append(text)
         self.redshift.observe("before", text)
-        yield
+        answer = self.guarded(function, *arguments)
         self.redshift.observe("after", text)
+        return answer
 
     def extended_query(self, batch: list[Message]) -> list[Message]:
         """Answer the messages before a Sync, which are all about one statement."""
@@ -1114,8 +1168,7 @@ class Session(socketserver.BaseRequestHandler):
         if batch and batch[0].kind == b"P":
             self.texts[name] = batch[0].body.split(b"\0")[1].decode()
         if any(message.kind == b"E" for message in batch):
-            with self.observed(self.texts[name]):
-                return self.guarded(self.relay, name, batch)
+            return self.guarded(self.observed, self.texts[name], self.relay, name, batch)
         answer = self.guarded(self.relay, name, batch)
         if failed(answer):
             self.redshift.statements.append(self.texts[name])  # as it will not be run
@@ -1168,14 +1221,16 @@ class Session(socketserver.BaseRequestHandler):
                 "25001", "ALTER TABLE ALTER COLUMN cannot run inside a transaction block"
             )
         rows = self.backend.rows(f"""
-            SELECT atttypid = 'varchar'::regtype, conname FROM pg_attribute
+            SELECT atttypid = 'varchar'::regtype, atthasdef, conname FROM pg_attribute
             LEFT JOIN pg_constraint ON conrelid = attrelid AND conkey = ARRAY[attnum]
                                        AND conname LIKE 'bytes\\_%'
             WHERE attrelid = {literal(table)}::regclass AND attname = {literal(column)}""")
         if rows and rows[0][0] != "t":
             raise RedshiftError("0A000", "ALTER COLUMN TYPE is only supported for VARCHAR columns")
+        if rows and rows[0][1] == "t":
+            raise RedshiftError("0A000", "cannot alter type of a column with a default value")
         new_type, _, limit = data_type.partition(" ")
-        drop = "".join(f"DROP CONSTRAINT {quoted(name)}, " for _, name in rows if name)
+        drop = "".join(f"DROP CONSTRAINT {quoted(name)}, " for *_, name in rows if name)
         self.backend.rows(
             f"ALTER TABLE {table} {drop}ALTER COLUMN {quoted(column)} TYPE {new_type}, ADD {limit}"
         )
@@ -1264,7 +1319,9 @@ class Redshift:
     are names and passwords. After the start, clients connect to
     `host` and `port` and trust `ca`. `statements` has the text of every statement received; `hook`
     is called with "before" or "after" and a statement's text around each that is run, and may
-    raise DropConnection. `postgres` is PostgreSQL's own socket.
+    raise DropConnection, or RedshiftError for the client. `postgres` is PostgreSQL's own socket.
+    `settings` are those that each new session begins with: {ISOLATION: SNAPSHOT},
+    {"sandbox.svv_columns": "closed"} where an administrator has restricted the metadata.
     """
 
     host = "localhost"
@@ -1283,6 +1340,7 @@ class Redshift:
         self.certificate_host = certificate_host
         self.statements: list[str] = []
         self.hook: Callable[[str, str], None] | None = None
+        self.settings: dict[str, str] = {}
         self.sessions: set[Session] = set()
         self.copy_ids = itertools.count(1001)
         self.s3 = boto3.client(
@@ -1323,6 +1381,7 @@ class Redshift:
             connection.execute(f"CREATE DATABASE {quoted(self.database)}")
         with self.connect() as connection:
             connection.execute(HELPERS)
+            connection.execute(COMPARE_VARCHAR.encode())
             for user in self.users:
                 connection.execute(
                     f"CREATE ROLE {quoted(user)} LOGIN;"
