@@ -81,11 +81,6 @@ class Done:
     def warnings(self) -> list[str]:
         return [text for level, text in self.logged() if level == "WARNING"]
 
-    @property
-    def waits(self) -> list[float]:
-        """The seconds that each warning of another try says."""
-        return [float(text) for text in re.findall(r"trying again in ([\d.]+) s", self.stderr)]
-
     def logged(self) -> list[tuple[str, str]]:
         """Level and text of what was logged. Nothing else may be there, such as a traceback."""
         entries: list[tuple[str, str]] = []
