@@ -379,7 +379,7 @@ def test_row_of_a_run_for_each_table(sandbox: Sandbox) -> None:
         assert re.fullmatch(r"\d{8}T\d{6}\.\d{6}Z-[0-9a-f]{8}", row["_run_id"])
         entries = json.loads(objects[key(row["manifest"])])["entries"]
         assert f"/{row['table_name']}/" in row["manifest"]
-        assert all(key(entry["url"]) in objects for entry in entries)
+        assert [key(entry["url"]) in objects for entry in entries] == [True]
         assert gzip.decompress(objects[key(row["raw"])]) == body
         assert row["_run_id"] in row["manifest"]
         assert row["_run_id"] in row["raw"]
