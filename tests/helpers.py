@@ -9,7 +9,6 @@ import contextlib
 import copy
 import csv
 import gzip
-import http.client
 import io
 import itertools
 import json
@@ -25,8 +24,8 @@ from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
 from unittest import mock
-from urllib.parse import urlsplit
 
+import urllib3
 import yaml
 
 from sandbox import BUCKET, PIPELINE, SAMPLE, SECRET, LocalServer, Sandbox, answer
@@ -222,8 +221,7 @@ class FlakyProxy(LocalServer):
 
     def __init__(self, target: str, *faults: Answer | None, method: str = "PUT") -> None:
         self.faults = list(faults)
-        address = urlsplit(target).netloc
-        proxy = self
+        proxy, pool = self, urllib3.PoolManager()
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
@@ -237,38 +235,24 @@ class FlakyProxy(LocalServer):
                     self.forward()
 
             def forward(self) -> None:
-                body = self.body()
-                connection = http.client.HTTPConnection(address, timeout=30)
-                headers = {
-                    name: value
-                    for name, value in self.headers.items()
-                    if name.lower() not in ("transfer-encoding", "content-length", "expect")
+                headers = {name: value for name, value in self.headers.items() if name != "Expect"}
+                given = pool.request(
+                    self.command,
+                    target + self.path,
+                    body=self.rfile.read(self.length),
+                    headers=headers,
+                    decode_content=False,
+                    redirect=False,
+                )
+                kept = {
+                    name.replace("-", "_"): value
+                    for name, value in given.headers.items()
+                    if name.lower() not in ("connection", "date", "server", "content-length")
                 }
-                connection.request(self.command, self.path, body, headers)
-                response = connection.getresponse()
-                text = response.read()
-                self.send_response(response.status)
-                for name, value in response.getheaders():
-                    if name.lower() not in ("transfer-encoding", "connection", "content-length"):
-                        self.send_header(name, value)
-                length = response.headers["Content-Length"] if self.command == "HEAD" else len(text)
-                self.send_header("Content-Length", str(length or 0))
-                self.end_headers()
-                self.wfile.write(text)
-                connection.close()
+                length = given.headers.get("Content-Length", len(given.data))  # also of a HEAD's
+                answer(self, given.status, given.data, Content_Length=str(length), **kept)
 
             do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = handle_request
-
-            def body(self) -> bytes:
-                if self.headers.get("Transfer-Encoding", "") != "chunked":
-                    return self.rfile.read(self.length)
-                pieces = []
-                while size := int(self.rfile.readline(), 16):
-                    pieces.append(self.rfile.read(size))
-                    self.rfile.readline()
-                while self.rfile.readline().strip():
-                    pass
-                return b"".join(pieces)
 
             def log_message(self, *_: Any) -> None:
                 pass
@@ -280,7 +264,7 @@ def refusing(status: int, code: str) -> Answer:
     """An error as S3 answers it."""
 
     def respond(handler: Any) -> None:
-        handler.body()
+        handler.rfile.read(handler.length)
         xml = f"<Error><Code>{code}</Code><Message>Sorry</Message></Error>"
         answer(handler, status, xml.encode(), Content_Type="application/xml")
 

@@ -196,6 +196,9 @@ def write_text(*_):
 Path.write_text = write_text
 """
 
+# For runs whose pauses between two tries are nobody's concern.
+NO_PAUSES = "time.sleep = lambda seconds: None"
+
 
 class Sandbox:
     """Source, S3, Secrets Manager and Redshift, running; use it as a context manager."""

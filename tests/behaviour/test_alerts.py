@@ -29,13 +29,16 @@ from helpers import (
     LAUNCHES,
     SHIPPED,
     Done,
+    launches,
     loaded,
     log_entries,
     responds,
     run_id,
+    serve,
 )
 from sandbox import (
     BUG,
+    NO_PAUSES,
     PING,
     SAMPLE,
     SECRET,
@@ -111,14 +114,6 @@ def not_found(sandbox: Sandbox) -> None:
     sandbox.source.answers = [responds(404)]
 
 
-def markup(sandbox: Sandbox) -> None:
-    sandbox.source.body = b"<!channel> & <http://evil.example|click>"
-
-
-def few(sandbox: Sandbox) -> None:
-    sandbox.source.body = json.dumps(json.loads(SAMPLE.read_bytes())[:3]).encode()
-
-
 def check_failure(
     sandbox: Sandbox, done: Done, error: str, tables: dict[str, str], rows: str = "none"
 ) -> None:
@@ -155,12 +150,12 @@ def test_failed_runs_leave_the_tables_as_they_were(
     config = configure()
     not_found(sandbox)
     check_failure(sandbox, sandbox.run(*JSON, *config), "extract: GET", unchanged)
-    markup(sandbox)
+    sandbox.source.body = b"<!channel> & <http://evil.example|click>"
     done = sandbox.run(*JSON, *config)
     none = f"{LAUNCHES} 0 rows, {CORES} 0 rows"
     error = "transform: the source is HTML or XML.*<!channel> & <"
     check_failure(sandbox, done, error, unchanged, none)
-    few(sandbox)
+    serve(sandbox, launches()[:3])
     done = sandbox.run(*JSON, *config)
     rows = f"{LAUNCHES} 3 rows, {CORES} 3 rows"
     check_failure(sandbox, done, f"load: {LAUNCHES} has 30 rows and would", unchanged, rows)
@@ -277,17 +272,17 @@ def test_successful_runs(sandbox: Sandbox, configure: Configure) -> None:
     assert rows_at_heartbeat == [30]
 
     # Fewer rows, and all kinds of warnings; one of them would make Slack call the channel.
-    launches = json.loads(SAMPLE.read_bytes())[:-2]
-    lost = sum(len(launch["cores"]) for launch in json.loads(SAMPLE.read_bytes())[-2:])
+    *served, last, very_last = launches()
+    lost = len(last["cores"] + very_last["cores"])
     odd = "<!channel> & <http://evil.example|click>"
-    for launch in launches:
+    for launch in served:
         launch[odd] = 1
         del launch["auto_update"]
-    sandbox.source.body = json.dumps(launches).encode()
+    serve(sandbox, served)
     sandbox.source.answers = [lambda handler: answer(handler, 503, Retry_After="0")]
     with sandbox.connect() as connection:
         connection.execute(f"ALTER TABLE {LAUNCHES} DROP COLUMN details".encode())
-    done = loaded(sandbox, *JSON, *config)
+    done = loaded(sandbox, *JSON, *config, patch=NO_PAUSES)
     tables = f"{LAUNCHES} 28 rows (-2), {CORES} {38 - lost} rows (-{lost})"
     check_success(sandbox, done, tables, "503", odd, "auto_update", 'ADD COLUMN "details"')
 
@@ -314,8 +309,7 @@ def check_success(sandbox: Sandbox, done: Done, tables: str, *warnings: str) -> 
 
 def test_a_huge_success(sandbox: Sandbox, configure: Configure) -> None:
     """The source has a field with an endless name: SNS refuses more than 256 KiB."""
-    launches = json.loads(SAMPLE.read_bytes())
-    sandbox.source.body = json.dumps([launch | {"&" * 300_000: 1} for launch in launches]).encode()
+    serve(sandbox, [launch | {"&" * 300_000: 1} for launch in launches()])
     done = loaded(sandbox, *JSON, *configure(sandbox.alerts("success")))
     tables = f"{LAUNCHES} 30 rows (+30), {CORES} 38 rows (+38)"
     check_message(sandbox, f"pipeline succeeded on {HOST}: {tables}", heartbeat=True)

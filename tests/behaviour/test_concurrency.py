@@ -2,48 +2,38 @@
 
 from __future__ import annotations
 
-import copy
+import itertools
 import json
 import re
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import psycopg
 import pytest
-import yaml
 
-from helpers import AUDIT, CORES, LAUNCHES, SHIPPED, Done, count, loaded, run_id, serve
+from helpers import (
+    AUDIT,
+    CORES,
+    LAUNCHES,
+    Done,
+    count,
+    loaded,
+    run_id,
+    serve,
+    shipped,
+)
 from helpers import fewer_launches as launches
-from sandbox import SAMPLE, Sandbox
-
-DOCUMENT: list[dict[str, Any]] = json.loads(SAMPLE.read_bytes())  # 30 launches, 38 cores
+from sandbox import Sandbox
 
 Connect = Callable[[], psycopg.Connection[tuple[Any, ...]]]
-Configure = Callable[..., Path]
 
 
 def cores(count: int) -> int:
     """How many cores so many launches have."""
     return sum(len(launch["cores"]) for launch in launches(count))
-
-
-@pytest.fixture
-def configure(tmp_path: Path) -> Configure:
-    """Writes the shipped configuration with other settings of Redshift; returns its path."""
-
-    def write(redshift: dict[str, Any], **table: Any) -> Path:
-        settings = copy.deepcopy(SHIPPED)
-        settings["redshift"] |= redshift
-        for each in settings["tables"].values():
-            each |= table
-        path = tmp_path / "pipeline.yaml"
-        path.write_text(yaml.safe_dump(settings, sort_keys=False))
-        return path
-
-    return write
 
 
 @pytest.fixture
@@ -116,84 +106,38 @@ def check_history(sandbox: Sandbox, loaders: dict[str, int]) -> None:
 # --- readers -------------------------------------------------------------------------------------
 
 
-class Poll(NamedTuple):
-    """What a reader saw in one transaction: rows and run ids."""
-
-    launches: tuple[int, list[str]]
-    cores: tuple[int, list[str]]
-    audit: tuple[int, list[str]]
-
-
-class Reader(threading.Thread):
-    """Reads all tables again and again, each time in one transaction, until told to stop."""
-
-    def __init__(self, connection: psycopg.Connection[tuple[Any, ...]]) -> None:
-        super().__init__(daemon=True)
-        self.connection = connection
-        connection.execute("SET statement_timeout = '60s'")
-        self.polls: list[Poll] = []
-        self.error: Exception | None = None
-        self.stopping = threading.Event()
-
-    def poll(self, table: str) -> tuple[int, list[str]]:
-        sql = f"SELECT count(*), array_agg(DISTINCT _run_id) FROM {table}"
-        row = self.connection.execute(sql.encode()).fetchone()
-        assert row
-        return row[0], row[1] or []
-
-    def run(self) -> None:
-        try:
-            while not self.stopping.is_set():
-                with self.connection.transaction():
-                    self.polls.append(Poll(*map(self.poll, (LAUNCHES, CORES, AUDIT))))
-                time.sleep(0.002)
-        except Exception as error:
-            self.error = error
-
-    def wait_for(self, run: str) -> None:
-        """Waits until a run's rows have been read."""
-        deadline = time.monotonic() + 60
-        while not self.polls or self.polls[-1].launches[1] != [run]:
-            assert time.monotonic() < deadline
-            assert self.is_alive()
-            time.sleep(0.01)
-
-    def stop(self) -> None:
-        self.stopping.set()
-        self.join(60)
-
-
-def test_reader_sees_whole_states_only(sandbox: Sandbox, connect: Connect) -> None:
-    loaded(sandbox)
+def test_readers_see_whole_states_and_wait_for_nothing(sandbox: Sandbox) -> None:
+    first = run_id(loaded(sandbox))
+    serve(sandbox, launches(28))
     start = len(sandbox.redshift.statements)
-    reader = Reader(connect())
-    reader.start()
-    runs = []
-    try:
-        for number in range(6):
-            serve(sandbox, launches(28 if number % 2 == 0 else 30))
+    seen: list[Any] = []
+
+    def read(connection: psycopg.Connection[Any]) -> list[Any]:
+        select = "SELECT count(*), array_agg(DISTINCT _run_id) FROM "
+        with connection.transaction():
+            tables = (LAUNCHES, CORES)
+            return [connection.execute((select + name).encode()).fetchone() for name in tables]
+
+    with sandbox.redshift.connect() as early, sandbox.redshift.connect() as late:
+        for connection in (early, late):
+            connection.execute("SET default_transaction_isolation = 'repeatable read'")
+            connection.execute("SET statement_timeout = '60s'")
+        with early.transaction():
+            old = read(early)
+            assert old == [(30, [first]), (cores(30), [first])]
+            sandbox.redshift.hook = lambda *_: seen.append(read(late))  # at each statement
             done = loaded(sandbox)
-            runs.append(run_id(done))
-            assert "trying again" not in done.stderr  # the reader is in nobody's way
-            reader.wait_for(runs[-1])
-    finally:
-        reader.stop()
-    assert reader.error is None
-    assert not reader.is_alive()
-    whole = [(30, cores(30)), (28, cores(28))]
-    for poll in reader.polls:
-        assert (poll.launches[0], poll.cores[0]) in whole
-        assert len(poll.launches[1]) == 1
-        assert poll.launches[1] == poll.cores[1]
-        # The history ends with the run that the tables are from.
-        assert poll.audit[0] == 2 * len(poll.audit[1])
-        assert max(poll.audit[1]) == poll.launches[1][0]
-    seen = list(dict.fromkeys(poll.launches[1][0] for poll in reader.polls))
-    assert seen[-len(runs) :] == runs
+            sandbox.redshift.hook = None
+            assert read(early) == old
+        last = run_id(done)
+        new = [(28, [last]), (cores(28), [last])]
+        assert read(early) == new
+    assert [state for state, _ in itertools.groupby(seen)] == [old, new]
+    assert "trying again" not in done.stderr  # the readers are in nobody's way
     # Nobody ever asks for a target as a whole.
     statements = sandbox.redshift.statements[start:]
     locking = [text for text in statements if re.match(r"\s*(LOCK|TRUNCATE)\b", text, re.I)]
-    assert locking == ['LOCK "public"."etl_runs"'] * len(runs)
+    assert locking == ['LOCK "public"."etl_runs"']
 
 
 def test_long_query_of_an_analyst(sandbox: Sandbox, connect: Connect) -> None:
@@ -233,7 +177,7 @@ def test_long_query_of_an_analyst(sandbox: Sandbox, connect: Connect) -> None:
 
 
 def test_open_transaction_on_the_audit_table(
-    sandbox: Sandbox, connect: Connect, configure: Configure
+    sandbox: Sandbox, connect: Connect, tmp_path: Path
 ) -> None:
     """The one table that loaders lock: a load waits, and gives up in time and with its name."""
     loaded(sandbox)
@@ -241,7 +185,7 @@ def test_open_transaction_on_the_audit_table(
     connection = connect()
     with connection.transaction():
         connection.execute(f"SELECT count(*) FROM {AUDIT}")
-        done = sandbox.run("--config", configure({"statement_seconds": 1}))
+        done = sandbox.run(*shipped(tmp_path, {"redshift / statement_seconds": 1}))
         assert done.returncode == 1
         message = done.stderr[done.stderr.index(" ERROR ") :]
         assert "etl_runs" in message
@@ -284,26 +228,27 @@ def test_new_column_by_four_loaders_at_once(sandbox: Sandbox, tmp_path: Path) ->
     ends = at_once(sandbox, documents(tmp_path, counts))
     check_all_ended_well(ends)
     check_history(sandbox, {run_id(done): rows for done, rows in zip(ends, counts, strict=True)})
-    expected = {launch["id"]: (launch["details"], launch["rocket"]) for launch in DOCUMENT}
+    expected = {launch["id"]: (launch["details"], launch["rocket"]) for launch in launches(30)}
     rows = sandbox.query(f"SELECT id, details, rocket FROM {LAUNCHES}")
     assert all(expected[row["id"]] == (row["details"], row["rocket"]) for row in rows)
 
 
-def test_upserts_at_once(sandbox: Sandbox, tmp_path: Path, configure: Configure) -> None:
+def test_upserts_at_once(sandbox: Sandbox, tmp_path: Path) -> None:
     """Of overlapping records: each is there once, whole, from one of its loaders."""
-    config = configure({}, mode="upsert")
-    loaded(sandbox, "--config", config)
-    slices = [DOCUMENT[start : start + 12] for start in (0, 6, 12, 18)]
+    modes = [f"tables / {name} / mode" for name in (LAUNCHES, CORES)]
+    config = shipped(tmp_path, dict.fromkeys(modes, "upsert"))
+    loaded(sandbox, *config)
+    slices = [launches(30)[start : start + 12] for start in (0, 6, 12, 18)]
     arguments: list[list[str | Path]] = []
     for number, document in enumerate(slices):
         source = tmp_path / f"slice{number}.json"
         source.write_text(json.dumps(document))
-        arguments.append(["--config", config, "--source", source])
+        arguments.append([*config, "--source", source])
     ends = at_once(sandbox, arguments)
     check_all_ended_well(ends)
     writers = {run_id(done): document for done, document in zip(ends, slices, strict=True)}
     rows = sandbox.query(f"SELECT id, _run_id FROM {LAUNCHES}")
-    assert sorted(row["id"] for row in rows) == sorted(launch["id"] for launch in DOCUMENT)
+    assert sorted(row["id"] for row in rows) == sorted(launch["id"] for launch in launches(30))
     last_of = {
         launch["id"]: row["_run_id"]
         for row in sandbox.query(f"SELECT _run_id FROM {AUDIT} ORDER BY ctid")

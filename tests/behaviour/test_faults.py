@@ -44,6 +44,7 @@ from redshift import DropConnection
 from sandbox import (
     BUCKET,
     DATABASE,
+    NO_PAUSES,
     PASSWORD,
     SAMPLE,
     SECRET,
@@ -79,11 +80,6 @@ class Done:
     @property
     def warnings(self) -> list[str]:
         return [text for level, text in self.logged() if level == "WARNING"]
-
-    @property
-    def waits(self) -> list[float]:
-        """The seconds that each warning of another try says."""
-        return [float(text) for text in re.findall(r"trying again in ([\d.]+) s", self.stderr)]
 
     def logged(self) -> list[tuple[str, str]]:
         """Level and text of what was logged. Nothing else may be there, such as a traceback."""
@@ -142,6 +138,8 @@ class World:
     def start(self, *arguments: str | Path, **options: Any) -> Process:
         """Starts a run, and remembers what the tables held before it."""
         self.before = self.tables()
+        if not options.keys() & {"plainly", "wrapper"}:
+            options = {"patch": NO_PAUSES} | options
         return self.sandbox.start(*arguments, **{"TMPDIR": str(self.temporary)} | options)
 
     def finish(self, process: Process, timeout: float = 120) -> Done:
@@ -450,7 +448,8 @@ def test_redshift_comes_late(world: World) -> None:
             threading.Timer(0.8, port.open).start()
 
         with FlakyProxy(world.sandbox.aws, open_soon, method="POST") as aws:
-            done = world.run(*world.config(connect_seconds=20), AWS_ENDPOINT_URL=aws.url)
+            arguments = world.config(connect_seconds=20)
+            done = world.run(*arguments, patch="", AWS_ENDPOINT_URL=aws.url)
     world.check(done, "new")
     assert done.warnings
     assert all("Connection refused, trying again in" in text for text in done.warnings)
@@ -463,7 +462,7 @@ def test_redshift_comes_late(world: World) -> None:
 def test_redshift_never_comes(world: World, host: str, says: str) -> None:
     with Forwarder(world.sandbox.redshift.port) as port:
         world.secret(HOST=host, PORT=port.port)
-        done = world.run(*world.config(connect_seconds=2))
+        done = world.run(*world.config(connect_seconds=2), patch="")
     where = f"load: cannot connect to Redshift at {host}:{port.port}, database {DATABASE}: "
     world.check(done, "old", 1, where, says)
     assert len(done.warnings) <= 1  # a busy machine may take all of the two seconds for one try

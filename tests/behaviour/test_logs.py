@@ -15,15 +15,7 @@ from typing import Any
 import pytest
 
 from helpers import AUDIT, CORES, JSON, LAUNCHES, Answer, Done, Record, log_entries, shipped_with
-from sandbox import (
-    BUG,
-    PASSWORD,
-    SAMPLE,
-    SECRET,
-    SLACK_SECRET,
-    Sandbox,
-    answer,
-)
+from sandbox import BUG, NO_PAUSES, PASSWORD, SAMPLE, SECRET, SLACK_SECRET, Sandbox, answer
 
 STEPS = ("extract", "transform", "stage", "load")
 LEVELS = {"DEBUG", "INFO", "WARNING", "ERROR"}
@@ -340,7 +332,7 @@ def test_no_secret_is_shown(sandbox: Sandbox, tmp_path: Path, kind: str) -> None
         "--source",
         changes.get("--source", source),
         *config,
-        patch=BUG if "bug" in changes else "",
+        patch=BUG if "bug" in changes else NO_PAUSES,
         **environment,
     )
     assert done.returncode == status, done.stderr

@@ -37,7 +37,6 @@ from sandbox import (
     Sandbox,
 )
 
-Fetch = Callable[..., Records]
 Load = Callable[..., Done]
 
 DIGITS = b"0.1234567890123456789012345"  # more than a double holds

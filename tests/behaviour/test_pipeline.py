@@ -20,7 +20,6 @@ from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
 
-import psycopg
 import pytest
 import yaml
 
@@ -732,36 +731,3 @@ def test_one_transaction_swaps_all_tables_without_a_lock(sandbox: Sandbox, tmp_p
     before = statements[:begin]
     assert not [sql for sql in before if sql.lower().startswith(("begin", "delete", "insert"))]
     assert not [sql for sql in before for name in tables if f"COPY {quoted(name)}" in sql]
-
-
-READ = "SELECT name FROM public.launches UNION ALL SELECT core FROM public.launch_cores"
-
-
-def names(connection: psycopg.Connection[Any]) -> list[str | None]:
-    return sorted((row[0] for row in connection.execute(READ).fetchall()), key=str)
-
-
-def test_readers_and_the_load_never_wait_for_each_other(sandbox: Sandbox) -> None:
-    loaded(sandbox)
-    document = [record | {"name": "changed", "cores": record["cores"][:2]} for record in launches()]
-    serve(sandbox, document)
-    seen: list[list[str | None]] = []
-
-    with sandbox.redshift.connect() as early, sandbox.redshift.connect() as late:
-        early.autocommit = False
-        old = names(early)  # and the transaction stays open
-        late.execute("SET statement_timeout = '60s'")
-
-        def hook(stage: str, sql: str) -> None:
-            if stage == "after" and sql.startswith(("DELETE", "INSERT")) and "etl_runs" not in sql:
-                seen.append(names(late))
-
-        sandbox.redshift.hook = hook
-        loaded(sandbox)
-        assert seen == [old] * 4
-        assert names(early) == old
-        early.rollback()
-        cores = [core["core"] for record in document for core in record["cores"]]
-        assert names(early) == names(late) == sorted(["changed"] * 30 + cores, key=str)
-        early.rollback()
-    assert_loaded(sandbox, document)

@@ -600,7 +600,7 @@ def test_on_an_instance_with_the_stacks_role(
     assert sandbox.query("SELECT count(*) FROM launches") == [{"count": 30}]
     copies = [sql for sql in sandbox.redshift.statements if sql.startswith("COPY")]
     role = stack.outputs["CopyRole"]
-    assert all(f"IAM_ROLE '{role}'\nREGION '{REGION}'" in sql for sql in copies)
+    assert [f"IAM_ROLE '{role}'\nREGION '{REGION}'" in sql for sql in copies] == [True, True]
     keys = [each["Key"] for each in sandbox.s3.list_objects_v2(Bucket=stack.bucket)["Contents"]]
     assert {key.split("/")[1]: days_kept(key) for key in keys} == {
         "public.launches": 30,
