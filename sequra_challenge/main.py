@@ -1793,7 +1793,8 @@ def send(to: dict[str, str], first: str, lines: list[str]) -> dict[str, str]:
     senders = {"slack": send_slack, "sns": send_sns, "heartbeat": send_heartbeat}
     message = masked(first), [*map(masked, lines)]
     calls = {name: partial(senders[name], target, *message) for name, target in to.items()}
-    return {n: error_text(e) if e else "" for n, e in in_time(calls, ALERT_SECONDS / 2).items()}
+    errors = in_time(calls, ALERT_SECONDS / 2)
+    return {name: masked(error_text(error)) if error else "" for name, error in errors.items()}
 
 
 def in_time(calls: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, Any]:

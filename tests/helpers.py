@@ -25,6 +25,7 @@ from subprocess import CompletedProcess
 from typing import Any
 from unittest import mock
 
+import redshift_connector
 import urllib3
 import yaml
 
@@ -434,6 +435,30 @@ def parts_of(body: bytes, config: Config) -> Iterator[tuple[Table, list[str], in
             files = stager.parts[table.name]
             texts = [gzip.decompress(file.read_bytes()).decode() for file in files]
             yield table, texts, stager.run.rows[table.name], stager.run.null
+
+
+def stage_chunks(chunks: Iterable[Records], folder: Path) -> None:
+    """Makes the CSV files of things that come in chunks."""
+    config = config_of(THINGS)
+    (table,), stager = config.tables, main.Stager(main.Run(config), folder, None)
+    for records in chunks:
+        columns = main.no_rows(table)
+        main.flatten(records, table, columns, main.FieldNames(set))
+        stager.write(table, main.to_frame(table, columns))
+    stager.end_parts()
+
+
+def connect(login: dict[str, Any], seconds: int) -> Any:
+    """A connection of the program with what a secret holds, for which it tries so long."""
+    redshift = replace(config_of(THINGS).redshift, connect_seconds=seconds)
+    credentials = main.Credentials(**{name.lower(): value for name, value in login.items()})
+    return main.connect(redshift, credentials)
+
+
+def is_tried_again(code: str) -> bool:
+    """Whether the load is tried again after an error of Redshift with this code."""
+    error = redshift_connector.ProgrammingError({"C": code, "M": "undone"})
+    return isinstance(main.redshift_error(error), main.TransientError)
 
 
 def run_pipeline(config: Config, url: str) -> int:

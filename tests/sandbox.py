@@ -301,9 +301,9 @@ class Sandbox:
         }
         return channels | ({"on": list(on)} if on else {})
 
-    def client(self, service: str) -> Any:
+    def client(self, service: str, **options: Any) -> Any:
         """A boto3 client of the sandbox's AWS."""
-        return boto3.client(service, **self._aws_arguments)
+        return boto3.client(service, **self._aws_arguments | options)
 
     @property
     def _aws_arguments(self) -> dict[str, Any]:

@@ -431,6 +431,14 @@ def paths_in(value: Any, at: tuple[str, ...] = ()) -> set[tuple[str, ...]]:
     return set() if value is None else {at}
 
 
+def test_names_that_redshift_or_the_load_has_taken_are_refused() -> None:
+    names = ["oid", "tableoid", "xmin", "cmin", "xmax", "cmax", "ctid", "insertxid", "deletexid"]
+    names += ["_run_id", "_loaded_at"]
+    with pytest.raises(ConfigError) as caught:
+        table_of(dict.fromkeys(["id", *names], "integer"))
+    assert [n for n in names if f"the name {n!r} is reserved" not in str(caught.value)] == []
+
+
 def test_the_shipped_configuration_is_valid_and_loads_every_field_of_the_sample(
     sample: Path,
 ) -> None:
