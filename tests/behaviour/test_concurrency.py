@@ -185,7 +185,7 @@ def test_open_transaction_on_the_audit_table(
     connection = connect()
     with connection.transaction():
         connection.execute(f"SELECT count(*) FROM {AUDIT}")
-        done = sandbox.run(*shipped(tmp_path, {"redshift / statement_seconds": 1}))
+        done = sandbox.run(*shipped(tmp_path, {"redshift / statement_seconds": 3}))
         assert done.returncode == 1
         message = done.stderr[done.stderr.index(" ERROR ") :]
         assert "etl_runs" in message
