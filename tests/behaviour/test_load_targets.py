@@ -37,9 +37,8 @@ def test_a_text_that_cannot_be_widened(things: Things, case: str) -> None:
     as_user(things, *IN_THE_WAY[case], "INSERT INTO public.things (id, n) VALUES ('a', 1)")
     columns = COLUMNS | {"name": "varchar(9)"}
     error = things.refused(("b", 2), columns=columns)
-    assert re.search(rf"{TABLE}\W.*\bname\b.* from varchar\(4\) to varchar\(9\)", error)
     assert "cannot alter type of a column" in error
-    assert "no row has changed" in error
+    assert f"no row has changed. The column name of {TABLE} cannot be widened while" in error
     fix = re.search(r"ALTER TABLE \S+ RENAME TO \S+", error)
     assert fix, error
     as_user(things, fix[0])
@@ -58,7 +57,7 @@ def test_the_configuration_fills_in_what_the_secret_lacks(things: Things, case: 
     things.sandbox.secrets.put_secret_value(SecretId=SECRET, SecretString=json.dumps(secret))
     where = {"host": things.sandbox.redshift.host, "port": things.sandbox.redshift.port}
     error = things.refused(("a", 1))
-    assert re.search(r"lacks HOST.*: .*redshift\.host", error)
+    assert re.search(r"lacks HOST.* redshift\.host", error)
     things.load(("a", 1), redshift=where | {"database": DATABASE})
     assert things.rows() == [("a", 1)]
 
@@ -119,17 +118,6 @@ def test_the_staging_table_is_made_of_the_configuration(things: Things) -> None:
 # --- metadata, COPY, locks -----------------------------------------------------------------------
 
 
-def test_metadata_that_is_closed(things: Things) -> None:
-    """No columns are seen: that is no proof that there is no table."""
-    things.sandbox.redshift.settings = {"sandbox.svv_columns": "closed"}
-    things.load(("a", 1), redshift={"audit_table": "public.first"})
-    start = len(things.sandbox.redshift.statements)
-    error = things.refused(("a", 2), redshift={"audit_table": "public.second"})
-    assert re.search(rf"{TABLE} exists.*svv_columns", error)
-    statements = things.sandbox.redshift.statements[start:]
-    assert not [sql for sql in statements if sql.startswith(("CREATE", "ALTER", "COPY"))]
-
-
 def test_booleans_and_times_as_the_guide_spells_them(things: Things) -> None:
     columns = COLUMNS | {"is": "boolean", "on": "date", "at": "timestamp", "tz": "timestamptz"}
     times = {"0001-01-01": True, "0099-12-31": False, "0999-02-28": None}
@@ -155,6 +143,6 @@ def test_a_lock_that_somebody_else_holds(things: Things) -> None:
         other.execute("BEGIN; LOCK public.etl_runs")
         error = things.refused(("a", 2), redshift={"statement_seconds": 1})
     assert '"public"."etl_runs"' in error
-    assert "1 s" in error
-    assert "svv_transactions" in error
-    assert "canceling" not in error
+    sees = re.search(r"a superuser sees which: SELECT .* FROM svv_transactions WHERE (.*)", error)
+    assert sees, error
+    assert sees[1].endswith("""relation = '"public"."etl_runs"'::regclass::oid""")
