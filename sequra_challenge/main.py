@@ -1734,10 +1734,24 @@ def existing_columns(cursor: Any, table: Table) -> dict[str, Column]:
         "timestamp with time zone": "timestamptz",
     }
     rows = execute(cursor, COLUMNS_SQL.format(*map(literal, table.name.split(".")))).fetchall()
+    if not rows and exists(cursor, table):
+        why = "svv_columns, which an administrator can close, shows none of its columns"
+        raise PipelineError(f"{table.name} exists, but {why}")
     return {
         name: Column((), name, written.get(kind, kind).format(*numbers))
         for name, kind, *numbers in rows
     }
+
+
+def exists(cursor: Any, table: Table) -> bool:
+    """Whether there is such a table, whatever the metadata shows."""
+    try:
+        execute(cursor, f"SELECT 1 FROM {quoted(table.name)} WHERE false")
+    except PipelineError as error:
+        if error.code != NO_SUCH_TABLE:
+            raise
+        return False
+    return True
 
 
 def copy(cursor: Any, run: Run, table: Table, region: str) -> None:

@@ -118,6 +118,17 @@ def test_the_staging_table_is_made_of_the_configuration(things: Things) -> None:
 # --- metadata, COPY, locks -----------------------------------------------------------------------
 
 
+def test_metadata_that_is_closed(things: Things) -> None:
+    """No columns are seen: that is no proof that there is no table."""
+    things.sandbox.redshift.settings = {"sandbox.svv_columns": "closed"}
+    things.load(("a", 1), redshift={"audit_table": "public.first"})
+    start = len(things.sandbox.redshift.statements)
+    error = things.refused(("a", 2), redshift={"audit_table": "public.second"})
+    assert re.search(rf"{TABLE} exists.*svv_columns", error)
+    statements = things.sandbox.redshift.statements[start:]
+    assert not [sql for sql in statements if sql.startswith(("CREATE", "ALTER", "COPY"))]
+
+
 def test_booleans_and_times_as_the_guide_spells_them(things: Things) -> None:
     columns = COLUMNS | {"is": "boolean", "on": "date", "at": "timestamp", "tz": "timestamptz"}
     times = {"0001-01-01": True, "0099-12-31": False, "0999-02-28": None}
