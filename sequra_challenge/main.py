@@ -1395,6 +1395,18 @@ def aws_client(service: str, region: str | None = None) -> Any:
         return boto3.client(service, region_name=region, config=settings)
 
 
+def bucket_client(bucket: str) -> Any:
+    """A client in the region of the bucket, where S3 tells it."""
+    s3 = aws_client("s3")
+    with aws_errors("find", f"the bucket {bucket}"):
+        try:
+            answer = s3.head_bucket(Bucket=bucket)
+        except botocore.exceptions.ClientError as error:
+            answer = error.response  # also to those who must not look
+    region = answer["ResponseMetadata"]["HTTPHeaders"].get("x-amz-bucket-region")
+    return aws_client("s3", region)
+
+
 @contextlib.contextmanager
 def aws_errors(action: str, resource: str) -> Iterator[None]:
     """Turns what boto3 raises into a PipelineError: what could not be done to what, and as whom."""
@@ -1993,7 +2005,7 @@ def run_steps(run: Run, dry_run: bool) -> str:
         if not dry_run:
             context["step"] = "connect"
             check_login(config.redshift)
-        s3: Any = None if dry_run else aws_client("s3")
+        s3: Any = None if dry_run else bucket_client(config.staging.bucket)
         with step("extract") as figures:
             body = extract(config, folder, figures)
             figures["bytes"] = body.stat().st_size

@@ -8,8 +8,10 @@ import signal
 import socket
 import threading
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
+import boto3
 import pytest
 
 from helpers import LOAD_TRIES, TABLE, FlakyProxy, Things, refusing
@@ -252,3 +254,36 @@ def test_encryption_of_uploads(things: Things, case: str) -> None:
         things.load(("a", 1), options=options, staging={"kms_key": kms_key})
         assert aws.faults == []
     assert sent == [expected] * 3  # a part, the response, the manifest
+
+
+def copied_region(things: Things) -> set[str]:
+    copies = [sql for sql in things.sandbox.redshift.statements if sql.startswith("COPY")]
+    return {region for sql in copies for region in re.findall("REGION '(.*)'", sql)}
+
+
+def test_a_bucket_in_another_region(things: Things) -> None:
+    where = {"LocationConstraint": "us-west-2"}
+    other = boto3.client(
+        "s3",
+        endpoint_url=things.sandbox.aws,
+        region_name="us-west-2",
+        aws_access_key_id="x",
+        aws_secret_access_key="x",
+    )
+    other.create_bucket(Bucket="things-elsewhere", CreateBucketConfiguration=where)
+    things.load(("a", 1), staging={"bucket": "things-elsewhere"})
+    assert copied_region(things) == {"us-west-2"}
+    assert things.rows() == [("a", 1)]
+
+
+def test_the_region_of_a_bucket_that_must_not_be_looked_at(things: Things) -> None:
+    def deny(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(403)
+        handler.send_header("x-amz-bucket-region", "eu-north-1")
+        handler.send_header("Content-Length", "0")
+        handler.end_headers()
+
+    with FlakyProxy(things.sandbox.aws, deny, method="HEAD") as aws:
+        things.load(("a", 1), options={"AWS_ENDPOINT_URL": aws.url})
+        assert aws.faults == []
+    assert copied_region(things) == {"eu-north-1"}
