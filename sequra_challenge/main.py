@@ -23,6 +23,7 @@ import logging
 import math
 import multiprocessing
 import os
+import platform
 import random
 import re
 import secrets
@@ -71,6 +72,7 @@ CSV_ROWS = 300  # quoted at a time
 CHUNKS_AHEAD = 3  # of the thread that compresses and uploads
 GZIP_LEVEL = 4
 LOAD_TRIES = 4
+ANSWER_MARGIN = 30  # seconds after a statement's time-out until the connection is given up
 ALERT_SECONDS = 10  # for all that is done about alerts
 PROGRESS_SECONDS = 5
 
@@ -82,6 +84,10 @@ class PipelineError(Exception):
     """The run failed for a reason that its message explains."""
 
     status = 1  # of the program
+
+    def __init__(self, message: str, code: str = "") -> None:
+        super().__init__(message)
+        self.code = code  # SQLSTATE, of what Redshift reports
 
 
 class ConfigError(PipelineError):
@@ -96,6 +102,8 @@ class TransientError(PipelineError):
 
 class Stopped(BaseException):
     """A signal ends the run; what has been begun is undone on the way out."""
+
+    by_signal: ClassVar[Stopped | None] = None  # since an `except:` of a package may swallow it
 
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
@@ -116,6 +124,8 @@ def import_packages() -> None:
     import requests
     import urllib3
 
+    # redshift_connector.connect() asks for it under a bare `except:`, which would swallow a signal.
+    platform.platform()
     # The garbage collector passes by all that they have made, and comes less often: what a batch of
     # records is made of has no cycles.
     gc.freeze()
@@ -129,6 +139,7 @@ NAME = r"[a-z_][a-z0-9_]{0,126}"  # what Redshift can hold: it folds names to lo
 PATH = r"[^.]+(\.[^.]+)*"
 ROLE = r"arn:aws[\w-]*:iam::\d{12}:role/[\w+=.@/-]+"
 SECRET = r"[\w/+=.@:-]+"
+HOST = r"[\w-]{1,63}(\.[\w-]{1,63})*"
 TYPE = (
     r"(boolean|smallint|integer|bigint|real|double precision|decimal\(\d{1,2},\d{1,2}\)"
     r"|varchar\(\d{1,5}\)|date|timestamp|timestamptz|super)( not null)?"
@@ -170,6 +181,9 @@ class Redshift:
     """The database, and how long it may take."""
 
     secret: str = setting(SECRET)
+    host: str = setting(HOST, "")  # this and the next two where the secret does not say
+    port: int = setting(r"\d{1,5}", 5439)
+    database: str = setting(r".+", "")
     copy_role: str | None = setting(rf"{ROLE}(,{ROLE})*", None)  # or $AWS_ROLE_ARN
     audit_table: str = setting(rf"{NAME}\.{NAME}", "public.etl_runs")
     connect_seconds: int = setting(r"\d{1,5}", 120)
@@ -1164,6 +1178,10 @@ def to_frame(table: Table, columns: Columns) -> pd.DataFrame:
     dtypes = {column.name: DTYPES.get(column.kind, "object") for column in table.columns}
     frame = pd.DataFrame({n: pd.Series(columns[n], dtype=dtype) for n, dtype in dtypes.items()})
     keys = frame[list(table.key)]
+    for column in table.columns:
+        if column.in_key and column.kind == "varchar":
+            # Redshift compares texts without the spaces at their end.
+            keys[column.name] = keys[column.name].str.rstrip(" ")
     refuse_doubles(table, keys[keys.duplicated()].head(5).to_dict("records"))
     return frame
 
@@ -1245,6 +1263,8 @@ def to_csv(frame: pd.DataFrame, null: str) -> bytes:
         return [null if text is None else f'"{text}"' for text in texts]
 
     def cells(values: pd.Series[Any]) -> Iterable[str]:
+        if values.dtype == "boolean":  # as t and f: Redshift's guide does not know True
+            return map({True: "t", False: "f", pd.NA: null}.__getitem__, values)
         if values.dtype != object:
             return map(str, values.to_numpy(object, na_value=null))
         texts = values.tolist()
@@ -1328,8 +1348,9 @@ class Stager:
         if not self._s3:
             return
         key = self.run.config.staging.kms_key
-        encryption = {"ServerSideEncryption": "aws:kms" if key else "AES256"}
-        encryption |= {"SSEKMSKeyId": key} if key else {}
+        encryption = {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": key} if key else {}
+        if key == "AES256":  # for a bucket whose policy demands the header
+            encryption = {"ServerSideEncryption": key}
         threadless = boto3.s3.transfer.TransferConfig(use_threads=False)  # a signal ends it at once
         url = self.run.url(name, file.name)
         with aws_errors("write", url):
@@ -1364,9 +1385,26 @@ def aws_client(service: str, region: str | None = None) -> Any:
     region = region or botocore.utils.IMDSRegionProvider(session).provide()
     if not region:
         raise PipelineError("no AWS region: set AWS_REGION, or a region in the AWS profile")
-    retries = botocore.config.Config(retries={"mode": "standard"})
+    tries = {"s3": 10, "sts": 1}.get(service, 3)  # S3 may ask to slow down; STS is for a message
+    settings = botocore.config.Config(
+        retries={"mode": "standard", "total_max_attempts": tries},
+        connect_timeout=10,
+        read_timeout=60 if service == "s3" else 10,
+    )
     with _aws_lock:
-        return boto3.client(service, region_name=region, config=retries)
+        return boto3.client(service, region_name=region, config=settings)
+
+
+def bucket_client(bucket: str) -> Any:
+    """A client in the region of the bucket, where S3 tells it."""
+    s3 = aws_client("s3")
+    with aws_errors("find", f"the bucket {bucket}"):
+        try:
+            answer = s3.head_bucket(Bucket=bucket)
+        except botocore.exceptions.ClientError as error:
+            answer = error.response  # also to those who must not look
+    region = answer["ResponseMetadata"]["HTTPHeaders"].get("x-amz-bucket-region")
+    return aws_client("s3", region)
 
 
 @contextlib.contextmanager
@@ -1388,17 +1426,6 @@ def aws_errors(action: str, resource: str) -> Iterator[None]:
 # --- load ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Credentials:
-    """How to reach Redshift."""
-
-    host: str
-    port: int
-    database: str
-    user: str
-    password: str = field(repr=False)
-
-
 def read_secret(secret: str) -> str:
     """The text of a secret in Secrets Manager."""
     with aws_errors("read", f"the secret {secret}"):
@@ -1406,28 +1433,30 @@ def read_secret(secret: str) -> str:
         return str(manager.get_secret_value(SecretId=secret).get("SecretString"))
 
 
-def read_credentials(secret: str) -> Credentials:
-    """Reads the secret: the fields of Credentials in upper or lower case, as JSON.
+def read_credentials(redshift: Redshift) -> dict[str, Any]:
+    """Reads the secret, a JSON object: host, port, database, user and password, in any case.
 
-    AWS's own Redshift secrets say dbname and username. Raises PipelineError when it is something
-    else; its values are never shown.
+    AWS's own Redshift secrets say dbname and username, and some no host or database: these the
+    configuration fills in. Raises PipelineError when it is something else; never shows a value.
     """
+    secret = redshift.secret
     try:
         values = {name.lower(): value for name, value in json.loads(read_secret(secret)).items()}
     except (ValueError, TypeError, AttributeError):
         raise PipelineError(f"the secret {secret} is not a JSON object") from None
     values = {"database": values.get("dbname"), "user": values.get("username")} | values
-    names = [field.name for field in fields(Credentials)]
-    missing = [name.upper() for name in names if values.get(name) in (None, "")]
+    names = ("host", "port", "database", "user", "password")
+    login = {name: str(values.get(name) or getattr(redshift, name, "")) for name in names}
+    missing = ", ".join(name.upper() for name, value in login.items() if not value)
     if missing:
-        raise PipelineError(f"the secret {secret} lacks {', '.join(missing)}")
-    if not re.fullmatch(r"\d{1,5}", str(values["port"])) or int(values["port"]) > 65_535:
+        also = "redshift.host and redshift.database may be set in the configuration instead"
+        raise PipelineError(f"the secret {secret} lacks {missing}; {also}")
+    if not re.fullmatch(r"\d{1,5}", login["port"]) or int(login["port"]) > 65_535:
         raise PipelineError(f"the secret {secret} has a PORT that is no number up to 65535")
-    if not re.fullmatch(r"[\w-]{1,63}(\.[\w-]{1,63})*", str(values["host"]), re.ASCII):
+    if not re.fullmatch(HOST, login["host"], re.ASCII):
         raise PipelineError(f"the secret {secret} has a HOST that is no host name")
-    values = {name: str(values[name]) for name in names}
-    hide(values["password"])
-    return Credentials(**values | {"port": int(values["port"])})
+    hide(login["password"])
+    return login | {"port": int(login["port"])}
 
 
 def quoted(*names: str) -> str:
@@ -1444,19 +1473,27 @@ def literal(text: str) -> str:
 
 def create_sql(table: Table) -> str:
     """CREATE TABLE for a target that does not exist yet."""
-    columns = ",\n  ".join(column.sql for column in (*table.columns, *META_COLUMNS))
-    sql = f"CREATE TABLE IF NOT EXISTS {quoted(table.name)} (\n  {columns}\n)"
+    definition = definition_sql(table, (*table.columns, *META_COLUMNS))
+    return f"CREATE TABLE IF NOT EXISTS {quoted(table.name)} {definition}"
+
+
+def create_staging_sql(table: Table) -> str:
+    """CREATE of the temporary table that COPY fills; it vanishes with the session.
+
+    Not LIKE the target, which may have columns that COPY is not given and that take no NULL.
+    """
+    return f"CREATE TEMP TABLE {quoted(table.staging)} {definition_sql(table, table.columns)}"
+
+
+def definition_sql(table: Table, columns: tuple[Column, ...]) -> str:
+    """Columns, and the keys by which Redshift distributes and sorts the rows."""
+    sql = ",\n  ".join(column.sql for column in columns)
+    sql = f"(\n  {sql}\n)"
     if table.dist_key:
         sql += f"\nDISTKEY ({quoted(table.dist_key)})"
     if table.sort_key:
         sql += f"\nCOMPOUND SORTKEY ({quoted(*table.sort_key)})"
     return sql
-
-
-def create_staging_sql(table: Table) -> str:
-    """CREATE of the temporary table that COPY fills; it vanishes with the session."""
-    target = quoted(table.name)
-    return f"CREATE TEMP TABLE {quoted(table.staging)} (LIKE {target} INCLUDING DEFAULTS)"
 
 
 def copy_sql(run: Run, table: Table, region: str) -> str:
@@ -1474,10 +1511,10 @@ COMPUPDATE OFF STATUPDATE OFF"""
 
 def doubles_sql(table: Table) -> str:
     """SELECT of the keys that several staged rows have: Redshift enforces no primary key."""
-    key = quoted(*table.key)
-    return (
-        f"SELECT {key}\nFROM {quoted(table.staging)}\nGROUP BY {key}\nHAVING count(*) > 1\nLIMIT 5"
-    )
+    texts = {column.name for column in table.columns if column.kind == "varchar"}
+    key = ", ".join(f"rtrim({quoted(n)})" if n in texts else quoted(n) for n in table.key)
+    staging = quoted(table.staging)
+    return f"SELECT {key}\nFROM {staging}\nGROUP BY {key}\nHAVING count(*) > 1\nLIMIT 5"
 
 
 def delete_sql(table: Table) -> str:
@@ -1504,37 +1541,46 @@ SELECT {names}, {literal(run.id)}, GETDATE()
 FROM {quoted(table.staging)}"""
 
 
-# 40001 and 1023: two loaders wrote the same table; 23505, 42701, 42P07: two created a table or a
-# column at the same moment (Redshift enforces no unique key of ours); 55P03: no lock in time;
-# 53, 57P0, 08: no room for another connection, the server stops or starts, the connection broke.
-TRANSIENT = re.compile("40001|23505|42701|42P07|55P03|53...|57P0.|08...")
+LOGIN_REFUSED, NO_SUCH_TABLE, BROKEN = "28000", "42P01", "08006"  # SQLSTATE
+# 40001: two loaders wrote the same table; 40P01: they wait for one another; 23505, 42701, 42P07:
+# two created a table or a column at the same moment (Redshift enforces no unique key of ours);
+# 55P03: no lock in time; 53, 57P0, 08: no room for another connection, the server stops or starts,
+# the connection broke.
+TRANSIENT_CODES = re.compile("40001|40P01|23505|42701|42P07|55P03|53...|57P0.|08...")
+# What has no code of its own: a conflict with isolation by serialization (1023) and by snapshots, a
+# table that somebody dropped while the catalog was read, S3 in COPY.
+TRANSIENT_TEXTS = re.compile(
+    "^1023|could not complete because of conflict with concurrent transaction"
+    "|could not open relation with OID|S3ServiceException.*(SlowDown|InternalError|Status 50[03])"
+)
 
 
 def redshift_error(error: Exception) -> PipelineError:
     """What the driver raised, as one sentence; it hands on the server's message as a dict."""
     if not isinstance(error, redshift_connector.Error | OSError | struct.error):
         raise error
-    said = next((argument for argument in error.args if isinstance(argument, dict)), None)
-    if said:
-        text = ". ".join(said[name] for name in "MD" if said.get(name))
-        transient = text.startswith("1023") or bool(TRANSIENT.fullmatch(said.get("C", "")))
-    else:
+    said = next((argument for argument in error.args if isinstance(argument, dict)), {})
+    code, text = said.get("C", ""), ". ".join(said[n] for n in "MD" if said.get(n))
+    if not said:
         cause = next((argument for argument in error.args if isinstance(argument, OSError)), error)
-        text, transient = str(cause), not isinstance(cause, ssl.SSLCertVerificationError)
-    return TransientError(text) if transient else PipelineError(text)
+        text = str(cause).partition(" We noticed a timeout")[0]  # a guess of the driver, and wrong
+        code = "" if isinstance(cause, ssl.SSLCertVerificationError) else BROKEN
+    is_transient = TRANSIENT_CODES.fullmatch(code) or TRANSIENT_TEXTS.search(text)
+    return (TransientError if is_transient else PipelineError)(text, code)
 
 
-def connect(redshift: Redshift, credentials: Credentials) -> Any:
+def connect(redshift: Redshift) -> Any:
     """Connects over TLS to a host whose certificate has its name.
 
-    Tries again for ``connect_seconds``: a paused cluster takes minutes to resume.
+    Tries again for ``connect_seconds``: a paused cluster takes minutes to resume. A refused login
+    has the secret read once more: its password may have been rotated meanwhile.
     """
-    to = f"{credentials.host}:{credentials.port}, database {credentials.database}"
-    give_up, wait = time.monotonic() + redshift.connect_seconds, 1.0
+    give_up, wait, refused = time.monotonic() + redshift.connect_seconds, 1.0, False
     while True:
+        login = read_credentials(redshift)
         try:
             connection = redshift_connector.connect(
-                **vars(credentials),
+                **login,
                 ssl=True,
                 sslmode="verify-full",  # by default the driver only warns of another host's name
                 timeout=30,
@@ -1543,20 +1589,36 @@ def connect(redshift: Redshift, credentials: Credentials) -> Any:
             )
         except Exception as caught:
             error = redshift_error(caught)
+            if error.code == LOGIN_REFUSED and not refused:
+                refused = True
+                continue
             if not isinstance(error, TransientError) or time.monotonic() + wait > give_up:
-                raise PipelineError(f"cannot connect to Redshift at {to}: {error}") from None
+                to = "{host}:{port}, database {database}".format(**login)
+                text = f"cannot connect to Redshift at {to}: {error}"
+                raise PipelineError(text, error.code) from None
             log.warning("cannot connect: %s, trying again in %.0f s", error, wait)
             time.sleep(wait)
             wait = min(wait * 2, 15)
         else:
-            connection._usock.settimeout(None)  # the driver's is for every answer, COPY's too
+            # The driver's time-out is for every answer, COPY's too.
+            connection._usock.settimeout(redshift.statement_seconds + ANSWER_MARGIN)
             return connection
 
 
+def check_login(redshift: Redshift) -> None:
+    """Raises PipelineError for what no later attempt to connect would mend."""
+    try:
+        connect(replace(redshift, connect_seconds=0)).close()
+    except PipelineError as error:
+        if not TRANSIENT_CODES.fullmatch(error.code):
+            raise
+        log.info("%s, trying again after the transform", error)
+
+
 @contextlib.contextmanager
-def session(redshift: Redshift, credentials: Credentials) -> Iterator[tuple[Any, Any]]:
+def session(redshift: Redshift) -> Iterator[tuple[Any, Any]]:
     """A new connection, at first in autocommit, with its cursor; closed even when broken."""
-    connection = connect(redshift, credentials)
+    connection = connect(redshift)
     try:
         connection.autocommit = True  # pg_last_copy_id() does not survive a rollback
         cursor = connection.cursor()
@@ -1567,14 +1629,15 @@ def session(redshift: Redshift, credentials: Credentials) -> Iterator[tuple[Any,
             connection.close()  # the server rolls back what was not committed
 
 
-def execute(cursor: Any, sql: str, *values: Any) -> Any:
-    """Executes one statement. Raises PipelineError with its beginning and the server's reason."""
+def execute(cursor: Any, sql: str, *values: Any, advice: str = "") -> Any:
+    """Executes one statement. Raises PipelineError: how it begins, the server's reason, advice."""
     began = time.perf_counter()
     try:
         return cursor.execute(sql, values or None)
     except Exception as caught:
         error = redshift_error(caught)
-        raise type(error)(f"{' '.join(sql.split())[:60]}…: {error}") from None
+        text = f"{' '.join(sql.split())[:60]}…: {error}{advice}"
+        raise type(error)(text, error.code) from None
     finally:
         log.debug("%.3f s: %s", time.perf_counter() - began, sql)
 
@@ -1582,29 +1645,32 @@ def execute(cursor: Any, sql: str, *values: Any) -> Any:
 Changes = dict[str, tuple[int, int]]  # for each table how many rows it had and has
 
 
-def load(run: Run, credentials: Credentials, region: str, lineage: dict[str, str]) -> Changes:
+def load(run: Run, region: str, lineage: dict[str, str]) -> Changes:
     """Loads the staged files; where that may help again, on a new connection: twice does no harm.
 
-    After the last try it is looked up whether only the answer to its commit got lost. Then, and
-    when a try finds that of the one before, the changes are not known.
+    The pauses in between grow, with jitter, so that two loaders do not meet again. After the last
+    try it is looked up whether only the answer to its commit got lost. Then, and when a try finds
+    that of the one before, the changes are not known.
     """
     tries = 0
     while True:
         tries += 1
         try:
-            return load_once(run, credentials, region, lineage)
+            return load_once(run, region, lineage)
         except TransientError as error:
             if tries == LOAD_TRIES:
-                with session(run.config.redshift, credentials) as (connection, cursor):
+                with session(run.config.redshift) as (connection, cursor):
                     if is_loaded(connection, cursor, run):
                         return {}
                 raise
-            log.warning("%s, trying again", error)
+            wait = 2**tries * random.uniform(0.5, 1)
+            log.warning("%s, trying again in %.1f s", error, wait)
+            time.sleep(wait)
 
 
-def load_once(run: Run, credentials: Credentials, region: str, lineage: dict[str, str]) -> Changes:
+def load_once(run: Run, region: str, lineage: dict[str, str]) -> Changes:
     """Copies the staged files into temporary tables, and swaps the rows of all tables at once."""
-    with session(run.config.redshift, credentials) as (connection, cursor):
+    with session(run.config.redshift) as (connection, cursor):
         prepare_targets(cursor, run.config)
         for table in run.config.tables:
             copy(cursor, run, table, region)
@@ -1635,34 +1701,40 @@ def prepare_targets(cursor: Any, config: Config) -> None:
 
     Raises PipelineError, before any of that, where a table differs in another way.
     """
-    changes, faults = [], []
+    changes: dict[str, str] = {}  # statements, and what to do where one is refused
+    faults = []
     for table in (*config.tables, audit_table(config)):
         existing, alter = existing_columns(cursor, table), f"ALTER TABLE {quoted(table.name)}"
         if not existing:
-            changes.append(create_sql(table))
+            changes[create_sql(table)] = ""
             continue
+        old = quoted(table.name.partition(".")[2] + "_old")
+        fix = f"the next run makes a new table after: {alter} RENAME TO {old}"
         for column in (*table.columns, *META_COLUMNS):
             has = existing.pop(column.name, None)
             if has is None and not column.not_null:
-                changes.append(f"{alter} ADD COLUMN {column.sql}")
+                changes[f"{alter} ADD COLUMN {column.sql}"] = ""
             elif has and has.kind == column.kind == "varchar":
                 if has.arguments < column.arguments:
-                    changes.append(f"{alter} ALTER COLUMN {quoted(column.name)} TYPE {column.type}")
+                    sql = f"{alter} ALTER COLUMN {quoted(column.name)} TYPE {column.type}"
+                    changes[sql] = (
+                        f"; no row has changed. The column {column.name} of {table.name} cannot be "
+                        "widened while a view uses it, nor with a DEFAULT or one of the encodings "
+                        f"BYTEDICT, RUNLENGTH, TEXT255 and TEXT32K: remove that, or {fix}"
+                    )
             elif has is None or has.type != column.type:
                 faults.append(
                     f"{table.name}: the column {column.name} is {has.type if has else 'missing'} "
-                    f"in the table and {column.sql.partition(' ')[2]} in the configuration. The "
-                    f"next run makes a new table after: {alter} "
-                    f"RENAME TO {quoted(table.name.partition('.')[2] + '_old')}"
+                    f"in the table and {column.sql.partition(' ')[2]} in the configuration; {fix}"
                 )
         if existing:
             log.warning("%s also has the columns %s", table.name, ", ".join(existing))
     if faults:
         raise PipelineError("\n  ".join(["tables differ from the configuration:", *faults]))
-    for sql in changes:
+    for sql, advice in changes.items():
         level = logging.WARNING if sql.startswith("ALTER") else logging.INFO
         log.log(level, "%s", sql.partition(" (")[0])
-        execute(cursor, sql)
+        execute(cursor, sql, advice=advice)
 
 
 def existing_columns(cursor: Any, table: Table) -> dict[str, Column]:
@@ -1674,10 +1746,24 @@ def existing_columns(cursor: Any, table: Table) -> dict[str, Column]:
         "timestamp with time zone": "timestamptz",
     }
     rows = execute(cursor, COLUMNS_SQL.format(*map(literal, table.name.split(".")))).fetchall()
+    if not rows and exists(cursor, table):
+        why = "svv_columns, which an administrator can close, shows none of its columns"
+        raise PipelineError(f"{table.name} exists, but {why}")
     return {
         name: Column((), name, written.get(kind, kind).format(*numbers))
         for name, kind, *numbers in rows
     }
+
+
+def exists(cursor: Any, table: Table) -> bool:
+    """Whether there is such a table, whatever the metadata shows."""
+    try:
+        execute(cursor, f"SELECT 1 FROM {quoted(table.name)} WHERE false")
+    except PipelineError as error:
+        if error.code != NO_SUCH_TABLE:
+            raise
+        return False
+    return True
 
 
 def copy(cursor: Any, run: Run, table: Table, region: str) -> None:
@@ -1717,12 +1803,18 @@ def copy_error(cursor: Any) -> str | None:
     return None
 
 
+LOCK_ADVICE = (
+    "; if another session holds a lock on it, a superuser sees which: SELECT pid, txn_owner, "
+    "txn_start FROM svv_transactions WHERE granted AND relation = {}::regclass::oid"
+)
+
+
 def is_loaded(connection: Any, cursor: Any, run: Run) -> bool:
     """Begins the transaction with the loaders' lock; tells whether the run is committed already."""
     connection.autocommit = False
     audit = quoted(audit_table(run.config).name)
     # The snapshot is taken at the first query, which is why the lock comes before it.
-    execute(cursor, f"LOCK {audit}")
+    execute(cursor, f"LOCK {audit}", advice=LOCK_ADVICE.format(literal(audit)))
     sql = f'SELECT count(*) FROM {audit} WHERE "_run_id" = {literal(run.id)}'
     (rows,) = execute(cursor, sql).fetchone()
     if rows:
@@ -1758,6 +1850,8 @@ def swap(cursor: Any, run: Run, lineage: dict[str, str]) -> Changes:
         audit, places = quoted(audit_table(run.config).name), ", ".join(["%s"] * len(row))
         sql = f'INSERT INTO {audit} ({quoted(*row)}, "_loaded_at") VALUES ({places}, GETDATE())'
         execute(cursor, sql, *row.values())
+    if Stopped.by_signal:
+        raise Stopped.by_signal
     execute(cursor, "COMMIT")
     return changes
 
@@ -1855,14 +1949,14 @@ def look_at_tables(config: Config) -> list[str]:
     """Asks Redshift, once, for the lines of ``tables_now``."""
     lines = []
     redshift = replace(config.redshift, connect_seconds=0)
-    with session(redshift, read_credentials(redshift.secret)) as (_, cursor):
+    with session(redshift) as (_, cursor):
         for table in config.tables:
             sql = f'SELECT count(*), max("_run_id") FROM {quoted(table.name)}'
             try:
                 rows, run_id = execute(cursor, sql).fetchone()
                 lines.append(f"{table.name}: {rows} rows, unchanged since run {run_id}")
             except PipelineError as error:
-                absent = re.search(r'relation "[^"]+" does not exist$', str(error))
+                absent = error.code == NO_SUCH_TABLE
                 lines.append(f"{table.name}: {'does not exist' if absent else error}")
     return lines
 
@@ -1908,10 +2002,13 @@ def run_steps(run: Run, dry_run: bool) -> str:
         at_end.callback(remove, folder)
         folder.mkdir(mode=0o700)
         log.info("%s from %s", run.id, public_url(config.source.url))
+        if not dry_run:
+            context["step"] = "connect"
+            check_login(config.redshift)
+        s3: Any = None if dry_run else bucket_client(config.staging.bucket)
         with step("extract") as figures:
             body = extract(config, folder, figures)
             figures["bytes"] = body.stat().st_size
-        s3: Any = None if dry_run else aws_client("s3")
         stager = Stager(run, folder, s3)
         at_end.callback(stager.stop)
         stager.begin_raw(body)
@@ -1924,8 +2021,7 @@ def run_steps(run: Run, dry_run: bool) -> str:
         with step("stage", stager.figures):
             lineage = stager.finish()
         with step("load") as figures:
-            credentials = read_credentials(config.redshift.secret)
-            changes = load(run, credentials, s3.meta.region_name, lineage)
+            changes = load(run, s3.meta.region_name, lineage)
             figures["tables"] = len(changes)
         context["step"] = "run"
         log.info("done: %s, %.1f s", rows_text(run, changes), run.seconds)
@@ -1980,7 +2076,8 @@ def stoppable() -> Iterator[None]:
 
     def stop(number: int, _frame: Any) -> None:
         ignore_all()
-        raise Stopped(number)
+        Stopped.by_signal = Stopped(number)
+        raise Stopped.by_signal
 
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)

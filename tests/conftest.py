@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from helpers import import_packages
+from helpers import Things, import_packages
 from sandbox import SAMPLE, Sandbox
 
 # How many documents tests/rules/test_documents.py makes in all. By default the same ones each time.
@@ -53,6 +53,12 @@ def sandbox(running_sandbox: Sandbox) -> Sandbox:
     """The sandbox with the sample as its source, an empty database and an empty bucket."""
     running_sandbox.reset()
     return running_sandbox
+
+
+@pytest.fixture
+def things(sandbox: Sandbox, tmp_path: Path) -> Things:
+    """A pipeline of one small table in the sandbox."""
+    return Things(sandbox, tmp_path)
 
 
 @pytest.fixture

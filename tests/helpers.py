@@ -213,6 +213,72 @@ def assert_failed(done: Done, *parts: str, status: int = 1) -> None:
         assert error.count("\n") == 1, "not one line"
 
 
+# --- a pipeline of one small table ---------------------------------------------------------------
+
+TABLE = "public.things"
+COLUMNS = {"id": "varchar(8) not null", "n": "integer"}
+
+
+class Things:
+    """Loads records into public.things, in the sandbox."""
+
+    def __init__(self, sandbox: Sandbox, folder: Path) -> None:
+        self.sandbox, self.folder = sandbox, folder
+
+    def config(self, redshift: Any = None, staging: Any = None, **table: Any) -> Path:
+        """Writes a configuration with these settings; JSON is YAML as well."""
+        path = self.folder / "things.yaml"
+        settings = {
+            "source": {"url": self.sandbox.source.url},
+            "staging": {"bucket": BUCKET, "prefix": "things"} | (staging or {}),
+            "redshift": {"secret": SECRET} | (redshift or {}),
+            "tables": {TABLE: {"key": ["id"], "max_shrink": 1, "columns": COLUMNS} | table},
+        }
+        path.write_text(json.dumps(settings))
+        return path
+
+    def serve(self, *records: tuple[Any, ...]) -> None:
+        """Sets what the source answers: id and n of each record."""
+        self.sandbox.source.body = json.dumps(
+            [dict(zip(("id", "n"), record, strict=True)) for record in records]
+        ).encode()
+
+    def run(
+        self, *records: tuple[Any, ...], options: dict[str, Any] | None = None, **settings: Any
+    ) -> Done:
+        """Runs the program with options of ``Sandbox.start``."""
+        if records:
+            self.serve(*records)
+        return self.sandbox.run("--config", self.config(**settings), **(options or {}))
+
+    def load(self, *records: tuple[Any, ...], **settings: Any) -> str:
+        """Runs the program, which must succeed; returns its log."""
+        done = self.run(*records, **settings)
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    def refused(self, *records: tuple[Any, ...], **settings: Any) -> str:
+        """Runs the program, which must fail and change no row; returns its error."""
+        before = self.rows()
+        done = self.run(*records, **settings)
+        assert done.returncode == 1, done.stderr
+        assert "Traceback" not in done.stderr
+        assert self.rows() == before
+        return done.stderr[done.stderr.rindex(" ERROR ") :]
+
+    def rows(self, columns: str = "id, n") -> list[tuple[Any, ...]]:
+        """The rows, in order; none where there is no table."""
+        with self.sandbox.redshift.connect() as connection:
+            if connection.execute("SELECT to_regclass(%s)", [TABLE]).fetchone() == (None,):
+                return []
+            return connection.execute(
+                f"SELECT {columns} FROM {TABLE} ORDER BY 1".encode()
+            ).fetchall()
+
+
+# --- faults of AWS -------------------------------------------------------------------------------
+
+
 class FlakyProxy(LocalServer):
     """An HTTP server in front of the sandbox's AWS.
 
@@ -270,6 +336,13 @@ def refusing(status: int, code: str) -> Answer:
         answer(handler, status, xml.encode(), Content_Type="application/xml")
 
     return respond
+
+
+# Ten tries take a minute with botocore's pauses.
+IMPATIENT = """
+import botocore.retries.standard
+botocore.retries.standard.ExponentialBackoff.delay_amount = lambda *_: 0
+"""
 
 
 # --- tables and documents ------------------------------------------------------------------------

@@ -524,9 +524,10 @@ class Column:
 
 UNSUPPORTED = re.compile("[\ud800-\udfff]")  # U+FDD0… and U+FFFE… are accepted, says the guide
 INTEGERS = {"int2": ("Short", 16), "int4": ("Integer", 32), "int8": ("Long", 64)}
+# The guide has these and no other spellings: not True.
 BOOLEANS = {
-    **dict.fromkeys(("true", "t", "yes", "y", "1"), "t"),
-    **dict.fromkeys(("false", "f", "no", "n", "0"), "f"),
+    **dict.fromkeys(("TRUE", "t", "true", "yes", "y", "1"), "t"),
+    **dict.fromkeys(("FALSE", "f", "false", "no", "n", "0"), "f"),
 }
 OFFSET = r"[+-]\d\d(?::?\d\d)?"
 TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
@@ -587,9 +588,9 @@ def convert_float(value: str, column: Column, auto: bool) -> str:
 
 
 def convert_boolean(value: str, column: Column, auto: bool) -> str:
-    if value.lower() not in BOOLEANS:
+    if value not in BOOLEANS:
         raise LoadError(1210, f"Unknown boolean format '{value[:40]}'")
-    return BOOLEANS[value.lower()]
+    return BOOLEANS[value]
 
 
 def convert_date(value: str, column: Column, auto: bool) -> str:

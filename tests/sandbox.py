@@ -244,6 +244,7 @@ class Sandbox:
         for server in (self.source, self.slack, self.heartbeat):
             server.answers, server.requests, server.headers, server.posted = [], [], [], []
         self.redshift.hook = None
+        self.redshift.settings = {}
         self.redshift.statements.clear()
         self.secrets.put_secret_value(SecretId=SECRET, SecretString=json.dumps(self.secret()))
         self.secrets.put_secret_value(SecretId=SLACK_SECRET, SecretString=self.slack.url)

@@ -31,6 +31,7 @@ import pytest
 from helpers import (
     AUDIT,
     CORES,
+    IMPATIENT,
     LAUNCHES,
     Answer,
     FlakyProxy,
@@ -327,11 +328,11 @@ SLOW_DOWN, INTERNAL_ERROR = refusing(503, "SlowDown"), refusing(500, "InternalEr
 
 
 @pytest.mark.parametrize(
-    "faults", [(SLOW_DOWN, INTERNAL_ERROR), (reset_upload, reset_upload)], ids=["5xx", "reset"]
+    "faults", [(*[SLOW_DOWN] * 8, INTERNAL_ERROR), (reset_upload,) * 9], ids=["5xx", "reset"]
 )
 def test_s3_recovers(world: World, faults: tuple[Answer, ...]) -> None:
     with FlakyProxy(world.sandbox.aws, *faults) as proxy:
-        world.check(world.run(AWS_ENDPOINT_URL=proxy.url), "new")
+        world.check(world.run(AWS_ENDPOINT_URL=proxy.url, patch=IMPATIENT), "new")
         assert proxy.faults == []
 
 
@@ -344,8 +345,9 @@ def test_s3_recovers(world: World, faults: tuple[Answer, ...]) -> None:
     ids=["5xx", "reset"],
 )
 def test_s3_fails_for_good(world: World, fault: Answer, says: str) -> None:
-    with FlakyProxy(world.sandbox.aws, *[fault] * 3) as proxy:
-        done = world.run(AWS_ENDPOINT_URL=proxy.url)
+    with FlakyProxy(world.sandbox.aws, *[fault] * 10) as proxy:
+        done = world.run(AWS_ENDPOINT_URL=proxy.url, patch=IMPATIENT)
+        assert proxy.faults == []
     world.check(done, "old", 1, rf"cannot write s3://{BUCKET}/spacex/\S+ as arn:aws:", says)
     world.works()
 
@@ -444,10 +446,10 @@ def test_redshift_comes_late(world: World) -> None:
         world.secret(PORT=port.port)
 
         def open_soon(handler: Any) -> None:
-            handler.forward()  # the secret
+            handler.forward()  # the secret; it was read for the first login, too
             threading.Timer(0.8, port.open).start()
 
-        with FlakyProxy(world.sandbox.aws, open_soon, method="POST") as aws:
+        with FlakyProxy(world.sandbox.aws, None, open_soon, method="POST") as aws:
             arguments = world.config(connect_seconds=20)
             done = world.run(*arguments, patch="", AWS_ENDPOINT_URL=aws.url)
     world.check(done, "new")
@@ -473,7 +475,8 @@ def test_redshift_never_comes(world: World, host: str, says: str) -> None:
 # 3,000 the answers to the first statements.
 @pytest.mark.parametrize("cuts", [(0, 1), (500, 1000), (1500, 3000), (3500, 4000, 4500)])
 def test_connection_breaks_within_an_answer(world: World, cuts: tuple[int, ...]) -> None:
-    with Forwarder(world.sandbox.redshift.port, *cuts).open() as port:
+    check = 1 << 20  # of the login before the download
+    with Forwarder(world.sandbox.redshift.port, check, *cuts).open() as port:
         world.secret(PORT=port.port)
         done = world.run()
         assert port.cuts == []
@@ -493,7 +496,7 @@ def test_wrong_credentials(world: World, changes: dict[str, Any], says: str) -> 
     world.secret(**changes)
     done = world.run("--verbose")
     values = world.sandbox.secret() | changes
-    where = "load: cannot connect to Redshift at {HOST}:{PORT}, database {DATABASE}: "
+    where = "connect: cannot connect to Redshift at {HOST}:{PORT}, database {DATABASE}: "
     world.check(done, "old", 1, where.format(**values), says)
     assert done.warnings == []
     assert "Wr0ng" not in done.stderr
@@ -509,8 +512,8 @@ def test_certificate_of_a_stranger(world: World) -> None:
 SECRETS = {
     "text": ("S3cret-text", "is not a JSON object"),
     "list": ('["S3cret-text"]', "is not a JSON object"),
-    "empty": ("{}", "lacks HOST, PORT, DATABASE, USER, PASSWORD"),
-    "lacking": ({"USER": None, "PASSWORD": ""}, "lacks USER, PASSWORD"),
+    "empty": ("{}", "lacks HOST, DATABASE, USER, PASSWORD; .*"),
+    "lacking": ({"USER": None, "PASSWORD": ""}, "lacks USER, PASSWORD; .*"),
     "port": ({"PORT": "S3cret-text"}, "has a PORT that is no number up to 65535"),
     "port too high": ({"PORT": 70_000}, ".* PORT .*"),
     "host": ({"HOST": "S3cret-text..eu-west-1.redshift.amazonaws.com"}, ".* HOST.*"),
@@ -525,7 +528,7 @@ def test_malformed_secret(world: World, case: str) -> None:
     else:
         world.sandbox.secrets.put_secret_value(SecretId=SECRET, SecretString=value)
     done = world.run()
-    world.check(done, "old", 1, f"^load: the secret {SECRET} {says}$")
+    world.check(done, "old", 1, f"^connect: the secret {SECRET} {says}$")
     assert "S3cret-text" not in done.stderr
     assert done.warnings == []
 

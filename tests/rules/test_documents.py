@@ -569,7 +569,7 @@ def csv_cells(text: str) -> Iterator[list[tuple[bool, str]]]:
 
 
 READ: dict[str, Callable[[str], Any]] = {
-    "boolean": {"True": True, "False": False}.__getitem__,
+    "boolean": {"t": True, "f": False}.__getitem__,
     "smallint": int,
     "integer": int,
     "bigint": int,

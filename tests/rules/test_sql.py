@@ -94,6 +94,9 @@ CREATE TABLE IF NOT EXISTS "spacex"."cores" (
     )
 
 
+META = """,
+  "_run_id" varchar(64),
+  "_loaded_at" timestamptz"""
 COPY = """\
 COPY "staging_1" ("id", "date_utc", "links_patch", "mass", "ratio")
 FROM 's3://bucket/spacex/public.launches/2024/02/29/20240229T235958.000007Z-0a1b2c3d/manifest.json'
@@ -107,7 +110,8 @@ COMPUPDATE OFF STATUPDATE OFF"""
 
 def test_copy_with_the_default_role(config: Config, launches: Table) -> None:
     create, copy = copy_sql(config, launches)
-    assert create == ('CREATE TEMP TABLE "staging_1" (LIKE "public"."launches" INCLUDING DEFAULTS)')
+    columns = create_sql(launches).partition("(")[2].replace(META, "")
+    assert create == f'CREATE TEMP TABLE "staging_1" ({columns}'
     assert copy == COPY.format("default")
 
 
@@ -123,9 +127,9 @@ def test_doubles_of_one_key(launches: Table) -> None:
     assert (
         doubles_sql(launches)
         == """\
-SELECT "id"
+SELECT rtrim("id")
 FROM "staging_1"
-GROUP BY "id"
+GROUP BY rtrim("id")
 HAVING count(*) > 1
 LIMIT 5"""
     )
@@ -135,9 +139,9 @@ def test_doubles_of_two_keys(cores: Table) -> None:
     assert (
         doubles_sql(cores)
         == """\
-SELECT "launch_id", "position"
+SELECT rtrim("launch_id"), "position"
 FROM "staging_2"
-GROUP BY "launch_id", "position"
+GROUP BY rtrim("launch_id"), "position"
 HAVING count(*) > 1
 LIMIT 5"""
     )

@@ -168,7 +168,7 @@ def test_copy_round_trip(s3, redshift, connection):
         gzip.compress(
             (
                 "i,v,n,f,b,d,ts,tz,s\r\n"
-                f"1,{quoted[0]},20.259,1e3,YES,2024-02-29,2024-01-02T03:04:05.678,"
+                f"1,{quoted[0]},20.259,1e3,yes,2024-02-29,2024-01-02T03:04:05.678,"
                 f"2024-01-02T03:04:05Z,{quoted[1]}\r\n"
                 "2,,,,,,,,\r\n"
                 "3,\\N,,,,,,,\r\n"
@@ -241,6 +241,7 @@ BAD_VALUES = [
     ("double precision", "1e-400", 1208, "out of range"),
     ("double precision", "NaN", 1208, "Invalid floating point value"),
     ("boolean", "on", 1210, "Unknown boolean format"),
+    ("boolean", "True", 1210, "Unknown boolean format"),
     ("date", "2023-02-29", 1205, "Invalid Date Format"),
     ("date", "02/28/2023", 1205, "Invalid Date Format"),
     ("timestamp", "2023-01-01T00:00:00", 1206, "Invalid timestamp format"),
@@ -279,7 +280,7 @@ def test_copy_refuses(s3, connection, data_type, value, code, reason):
         ("bigint", "-9223372036854775808", -9223372036854775808),
         ("smallint", "+0032767", 32767),
         ("timestamptz", "2023-01-01 12:00:00+02", "2023-01-01 10:00:00+00"),
-        ("boolean", "N", "false"),
+        ("boolean", "n", "false"),
         ("real", "3.4e38", "3.4e+38"),
         ("decimal", "-.9", "0"),
         ("super", "1", "1"),
