@@ -204,9 +204,9 @@ def with_names(fields: Sequence[Field]) -> list[Field]:
     named = []
     for field, name in zip(fields, plain, strict=True):
         if times[name] > 1 or not re.fullmatch(main.NAME, name) or name in main.RESERVED:
-            name = free_name(field.path, taken)
-            taken.add(name)
-            field = replace(field, name=name)
+            own = free_name(field.path, taken)
+            taken.add(own)
+            field = replace(field, name="" if own == name else own)
         named.append(field)
     return named
 
@@ -240,16 +240,21 @@ def find_key(
 # --- print --------------------------------------------------------------------------------------
 
 
+class Body(str):
+    """A text that stays the lines that it is."""
+
+
 class Dumper(yaml.SafeDumper):
-    """YAML in which a text of several lines, such as a body, stays one."""
+    """YAML in which all else that is no plain text is on one line."""
 
 
-Dumper.add_representer(
-    str,
-    lambda dumper, text: dumper.represent_scalar(
-        "tag:yaml.org,2002:str", text, style="|" if "\n" in text else None
-    ),
-)
+def represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = "|" if isinstance(text, Body) else None if text.isprintable() else '"'
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+Dumper.add_representer(str, represent_text)
+Dumper.add_representer(Body, represent_text)
 
 
 def as_yaml(value: Any) -> str:
@@ -312,7 +317,9 @@ def draft(source: dict[str, Any], answer: Any, has_link: bool) -> str:
     following = "Link" if has_link else path_text(find_next(answer))
     found = {"records": path_text(at), "next": following}
     source = {name: text for name, text in (found | source).items() if text}
-    source = {"url": source.pop("url"), **source}
+    source = {"url": source["url"]} | source
+    if "body" in source:
+        source["body"] = Body(source["body"])
     hints = [] if "next" in source else paging_names(answer)
     fields = with_names(list(find_fields(records)))
     key = find_key(fields)
