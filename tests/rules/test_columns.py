@@ -2,38 +2,27 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from decimal import Decimal
 from typing import Any
 
 import pytest
 
-from configs import columns_of, table_of
-from sequra_challenge import main
+from helpers import ConfigError, PipelineError, Table, rows_of, table_of, warn_of_drift
 
 IMAGES = {"rows": "images", "parent": "product", "key": ["product_id", "position"]}
 IMAGE_COLUMNS = {"product.id": "integer", "position": "smallint"}
 UNKNOWN = "the source has fields that no table loads: "
 
 
-def rows_of(records: list[dict[str, Any]], table: main.Table) -> list[list[str]]:
-    """The rows as the CSV files have them."""
-    text = main.csv_rows(columns_of(records, table), "NULL").decode()
-    return list(csv.reader(io.StringIO(text, newline="")))
-
-
 def faults(columns: dict[str, str], key: str = "id", **settings: Any) -> str:
-    with pytest.raises(main.ConfigError) as refused:
+    with pytest.raises(ConfigError) as refused:
         table_of({"id": "integer"} | columns, key, **settings)
     return str(refused.value)
 
 
-def warnings(caplog: pytest.LogCaptureFixture, table: main.Table, *records: Any) -> list[str]:
-    served = main.Fields(set)
-    columns_of(list(records), table, served)
-    main.warn_of_drift((table,), served)
+def warnings(caplog: pytest.LogCaptureFixture, table: Table, *records: Any) -> list[str]:
+    warn_of_drift(records, (table,))
     return caplog.messages
 
 
@@ -84,7 +73,7 @@ def test_a_type_that_there_is_not_is_told_those_that_there_are(wrong: str) -> No
 @pytest.mark.parametrize("path", ["Order ID", "orderId", "order.id"])
 def test_a_path_as_key_is_told_the_columns_name(setting: str, path: str) -> None:
     columns, settings = {"id": "integer", path: "integer"}, {"key": "id"} | {setting: path}
-    with pytest.raises(main.ConfigError) as refused:
+    with pytest.raises(ConfigError) as refused:
         table_of(columns, **settings)
     assert f".{setting}: {path!r} is a path, its column is 'order_id'" in str(refused.value)
 
@@ -128,8 +117,8 @@ def test_a_name_with_a_dot_is_no_path(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_a_message_writes_a_path_as_the_configuration_does() -> None:
     table = table_of({"id": "integer", r"a\.b.c": "integer"})
-    with pytest.raises(main.PipelineError, match=r'id=1: a\\\.b\.c: "x" is not an integer'):
-        columns_of([{"id": 1, "a.b": {"c": "x"}}], table)
+    with pytest.raises(PipelineError, match=r'id=1: a\\\.b\.c: "x" is not an integer'):
+        rows_of([{"id": 1, "a.b": {"c": "x"}}], table)
 
 
 def test_unknown_fields_come_in_one_warning(caplog: pytest.LogCaptureFixture) -> None:
@@ -144,23 +133,22 @@ def test_unknown_fields_come_in_one_warning(caplog: pytest.LogCaptureFixture) ->
 @pytest.mark.parametrize(
     ("images", "positions"),
     [
-        ([{}, {}], ["1", "2"]),
-        ([{"position": 3}, {"position": 1}], ["3", "1"]),
-        ([{"position": None}], ["NULL"]),
+        ([{"src": "a"}, {"src": "b"}], ["1", "2"]),
+        ([{"src": "a", "position": 3}, {"src": "b", "position": 1}], ["3", "1"]),
+        ([{"src": "a", "position": None}], ["NULL"]),
     ],
     ids=["counted", "own", "own null"],
 )
 def test_the_position(images: list[Any], positions: list[str]) -> None:
-    table = table_of(IMAGE_COLUMNS | {"src": "varchar(9)"}, **IMAGES | {"key": "product_id"})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(main, "_refuse_doubles", lambda *_: None)
-        assert [row[1] for row in rows_of([{"id": 1, "images": images}], table)] == positions
+    columns, key = IMAGE_COLUMNS | {"src": "varchar(9)"}, ["product_id", "src"]
+    table = table_of(columns, **IMAGES | {"key": key})
+    assert [row[1] for row in rows_of([{"id": 1, "images": images}], table)] == positions
 
 
 def test_positions_of_some_elements_alone_are_refused() -> None:
     record = {"id": 7, "images": [{"position": 2}, {"src": "x"}]}
-    with pytest.raises(main.PipelineError) as refused:
-        columns_of([{"id": 6, "images": [{}]}, record], table_of(IMAGE_COLUMNS, **IMAGES))
+    with pytest.raises(PipelineError) as refused:
+        rows_of([{"id": 6, "images": [{}]}, record], table_of(IMAGE_COLUMNS, **IMAGES))
     assert str(refused.value) == (
         'public.things, product_id=7: images: [{"position": 2}, {"src": "x"}] '
         "has elements with and without a position of their own"
@@ -179,8 +167,8 @@ def test_a_position_that_is_no_column_is_a_field_like_others(
 
 def test_an_element_with_a_field_named_like_the_parent_is_refused() -> None:
     record = {"id": 7, "images": [{"src": "x"}, {"product": 7}]}
-    with pytest.raises(main.PipelineError) as refused:
-        columns_of([record], table_of(IMAGE_COLUMNS, **IMAGES))
+    with pytest.raises(PipelineError) as refused:
+        rows_of([record], table_of(IMAGE_COLUMNS, **IMAGES))
     assert str(refused.value) == (
         'public.things, product_id=7, position=2: images[]: {"product": 7} '
         "has a field 'product' of its own: choose another name for parent"
@@ -204,8 +192,8 @@ def test_the_value(elements: list[Any], values: list[str]) -> None:
 
 def test_arrays_in_arrays_are_refused() -> None:
     table = table_of(IMAGE_COLUMNS, **IMAGES | {"rows": "lines.taxes"})
-    with pytest.raises(main.PipelineError) as refused:
-        columns_of([{"id": 1, "lines": [{"taxes": [1]}]}], table)
+    with pytest.raises(PipelineError) as refused:
+        rows_of([{"id": 1, "lines": [{"taxes": [1]}]}], table)
     assert str(refused.value) == (
         'public.things, product_id=1: lines: [{"taxes": [1]}] is an array, and rows from arrays '
         "in arrays are not supported: a column 'lines: super' takes it whole"
@@ -238,8 +226,8 @@ def test_a_decimal_takes_numbers_in_quotes(text: str, written: str) -> None:
 )
 def test_a_decimal_refuses_other_texts(text: str) -> None:
     table = table_of({"id": "integer", "v": "decimal(5,2)"})
-    with pytest.raises(main.PipelineError) as refused:
-        columns_of([{"id": 1, "v": text}], table)
+    with pytest.raises(PipelineError) as refused:
+        rows_of([{"id": 1, "v": text}], table)
     message = str(refused.value)
     assert message.startswith(f'public.things, id=1: v: "{text}" ')
     assert message.endswith(("is not a number", "does not fit decimal(5,2) exactly"))
@@ -247,10 +235,10 @@ def test_a_decimal_refuses_other_texts(text: str) -> None:
 
 @pytest.mark.parametrize("type_", ["integer", "double precision", "real"])
 def test_other_numbers_in_quotes_are_refused(type_: str) -> None:
-    with pytest.raises(main.PipelineError, match=r'id=1: v: "1" is not a'):
-        columns_of([{"id": 1, "v": "1"}], table_of({"id": "integer", "v": type_}))
+    with pytest.raises(PipelineError, match=r'id=1: v: "1" is not a'):
+        rows_of([{"id": 1, "v": "1"}], table_of({"id": "integer", "v": type_}))
 
 
 def test_one_number_written_in_two_ways_is_one_key() -> None:
-    with pytest.raises(main.PipelineError, match="more than one row has the key id="):
-        columns_of([{"id": "1.5"}, {"id": Decimal("1.50")}], table_of({"id": "decimal(5,2)"}))
+    with pytest.raises(PipelineError, match="more than one row has the key id="):
+        rows_of([{"id": "1.5"}, {"id": Decimal("1.50")}], table_of({"id": "decimal(5,2)"}))
