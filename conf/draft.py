@@ -38,17 +38,18 @@ from sequra_challenge import main
 USUAL = ("results", "data", "items", "docs")  # what arrays of records are called
 WIDTHS = (16, 64, 256, 1024, 4096, 16_384, 65_535)  # of a varchar, in bytes
 KEY_COLUMNS = 12  # that are tried together
+UNUSABLE = main.RESERVED | {"null"}  # as the name of a column
 NUMBER = r"-?\d+(\.\d+)?"
 
 Record = dict[str, Any]
-Path_ = tuple[str, ...]
+Names = tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Field:
     """A field of the records, as the column that it would be."""
 
-    path: Path_
+    path: Names
     values: Sequence[Any]  # one for each row, None where it is not there
     type: str
     comment: str = ""
@@ -93,10 +94,10 @@ def expanded(text: str, escape: Any = str) -> str:
     return re.sub(r"\$\{(\w+)\}", lambda found: escape(os.environ[found[1]]), text)
 
 
-def find_records(answer: Any) -> tuple[Path_, list[Record]]:
+def find_records(answer: Any, given: str) -> tuple[Names, list[Record]]:
     """The path of the array of records, () where the answer is one or is itself the record."""
-    if isinstance(answer, list):
-        return (), answer
+    if given or isinstance(answer, list):
+        return main.split_path(given), main.dig(answer, main.split_path(given)) or []
     arrays = [
         (path, value)
         for path, value in values_in(answer)
@@ -107,7 +108,7 @@ def find_records(answer: Any) -> tuple[Path_, list[Record]]:
     return max(arrays, key=lambda found: (found[0][-1] in USUAL, len(found[1])))
 
 
-def find_next(answer: Any) -> Path_:
+def find_next(answer: Any) -> Names:
     """The path of the next page's URL; () where there is none."""
     for path, value in values_in(answer):
         name = path[-2] if path[-1] == "href" else path[-1]
@@ -119,11 +120,11 @@ def find_next(answer: Any) -> Path_:
 
 def paging_names(answer: Any) -> list[str]:
     """What may tell of pages in another way than by a URL."""
-    found = (path_text(path) for path, value in values_in(answer) if not isinstance(value, list))
-    return [path for path in found if re.search("next|page|cursor|more|offset|token", path, re.I)]
+    paths = [main.join_path(p) for p, value in values_in(answer) if not isinstance(value, list)]
+    return [path for path in paths if re.search("next|page|cursor|more|offset|token", path, re.I)]
 
 
-def values_in(value: Any, path: Path_ = ()) -> Iterator[tuple[Path_, Any]]:
+def values_in(value: Any, path: Names = ()) -> Iterator[tuple[Names, Any]]:
     """What objects within objects hold, by path; nothing of arrays."""
     if isinstance(value, dict):
         for name, inner in value.items():
@@ -135,7 +136,7 @@ def values_in(value: Any, path: Path_ = ()) -> Iterator[tuple[Path_, Any]]:
 # --- columns ------------------------------------------------------------------------------------
 
 
-def find_fields(rows: Sequence[Record], path: Path_ = ()) -> Iterator[Field]:
+def find_fields(rows: Sequence[Record], path: Names = ()) -> Iterator[Field]:
     """The fields of the rows, and of the objects in them."""
     for name in dict.fromkeys(name for row in rows for name in row):
         values = [row.get(name) for row in rows]
@@ -180,7 +181,7 @@ def first_fit(values: Sequence[Any], *types: str) -> tuple[str, str]:
     """The first of the types that takes all values, else super."""
     for type_ in types:
         try:
-            main.convert(main.Column(("value",), type_), list(values))
+            main.fit(main.Column(("value",), "value", type_), list(values))
         except main.Unfit:
             continue
         is_quoted = isinstance(values[0], str) and type_.startswith("decimal")
@@ -198,12 +199,12 @@ def exact(numbers: Sequence[str]) -> str:
 
 def with_names(fields: Sequence[Field]) -> list[Field]:
     """The fields with the names of their columns, where these have to be said."""
-    plain = [main.Column(field.path, field.type).name for field in fields]
+    plain = [plain_name(field.path) for field in fields]
     times = Counter(plain)
     taken = {name for name in plain if times[name] == 1}
     named = []
     for field, name in zip(fields, plain, strict=True):
-        if times[name] > 1 or not re.fullmatch(main.NAME, name) or name in main.RESERVED:
+        if times[name] > 1 or not re.fullmatch(main.NAME, name) or name in UNUSABLE:
             own = free_name(field.path, taken)
             taken.add(own)
             field = replace(field, name="" if own == name else own)
@@ -211,13 +212,18 @@ def with_names(fields: Sequence[Field]) -> list[Field]:
     return named
 
 
-def free_name(path: Path_, taken: set[str]) -> str:
+def plain_name(path: Sequence[str]) -> str:
+    """The name that main.py gives a column."""
+    return main.parse_column(main.join_path(path), "super").name
+
+
+def free_name(path: Names, taken: set[str]) -> str:
     """A name that Redshift can hold, for a path."""
     words = [re.sub(r"^\+", "plus_", re.sub("^-", "minus_", name)) for name in path]
-    name = main.Column(tuple(words), "").name
-    name = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()[:120]
+    name = plain_name(words)
+    name = unicodedata.normalize("NFKD", name.casefold()).encode("ascii", "ignore").decode()[:120]
     name = name if re.match("[a-z_]", name) else f"_{name}"
-    name = f"{name}_" if name in main.RESERVED else name
+    name = f"{name}_" if name in UNUSABLE else name
     names = [name, *(f"{name}_{number}" for number in range(2, len(taken) + 3))]
     return next(name for name in names if name not in taken)
 
@@ -263,22 +269,17 @@ def as_yaml(value: Any) -> str:
     return text.removesuffix("\n").removesuffix("\n...")
 
 
-def path_text(path: Path_) -> str:
-    """A path as it stands in the configuration."""
-    return ".".join(re.sub(r"[\\.]", r"\\\g<0>", name) for name in path)
-
-
 def table_lines(
     name: str, fields: Sequence[Field], key: Sequence[Field], settings: dict[str, str]
 ) -> list[str]:
     """The section of a table."""
-    names = [field.name or main.Column(field.path, field.type).name for field in key]
+    names = [field.name or plain_name(field.path) for field in key]
     lines = [f"  {name}:", *(f"    {setting}: {text}" for setting, text in settings.items())]
     missing = "" if key else "  # <-- the columns that no two rows share: none was found"
     lines += [f"    key: [{', '.join(names)}]{missing}", "    columns:"]
     for field in fields:
         suffix = " not null" * (field in key) + (f" as {field.name}" if field.name else "")
-        line = f"      {as_yaml(path_text(field.path))}: {field.type}{suffix}"
+        line = f"      {as_yaml(main.join_path(field.path))}: {field.type}{suffix}"
         lines.append(f"{line:<47} # {field.comment}" if field.comment else line)
     return lines
 
@@ -304,18 +305,19 @@ def child_lines(table: str, array: Field, rows: Sequence[Record], key: list[Fiel
     own_key = find_key(own_fields, "position", of_parent)
     if not own_key:
         return []
-    name = f"{table}_{main.Column(array.path, '').name}"
-    settings = {"rows": as_yaml(path_text(array.path)), "parent": parent}
+    name = f"{table}_{array.name or plain_name(array.path)}"
+    at = re.sub("^(null|~)$", r"\\\g<0>", main.join_path(array.path), flags=re.IGNORECASE)
+    settings = {"rows": as_yaml(at), "parent": parent}
     return table_lines(name, fields, [*of_parent, *own_key], settings)
 
 
 def draft(source: dict[str, Any], answer: Any, has_link: bool) -> str:
     """The configuration for a source that gave this answer."""
-    at, records = find_records(answer)
+    at, records = find_records(answer, source.get("records", ""))
     if not records or not all(isinstance(record, dict) for record in records):
         raise ValueError("there are no records, that is objects in an array or one a line")
-    following = "Link" if has_link else path_text(find_next(answer))
-    found = {"records": path_text(at), "next": following}
+    following = "Link" if has_link else main.join_path(find_next(answer))
+    found = {"records": main.join_path(at), "next": following}
     source = {name: text for name, text in (found | source).items() if text}
     source = {"url": source["url"]} | source
     if "body" in source:
@@ -323,9 +325,8 @@ def draft(source: dict[str, Any], answer: Any, has_link: bool) -> str:
     hints = [] if "next" in source else paging_names(answer)
     fields = with_names(list(find_fields(records)))
     key = find_key(fields)
-    stem = Path(urlsplit(source["url"]).path).stem
-    name = re.sub(r"\W+", "_", main.Column((stem,), "").name, flags=re.ASCII).strip("_")
-    name = name or "records"
+    stem = plain_name([Path(urlsplit(source["url"]).path).stem])
+    name = re.sub(r"\W+", "_", stem, flags=re.ASCII).strip("_") or "records"
     table = "public." + re.sub(r"^(?=\d)", "_", name)
     lines = [
         f"# A draft, made from {len(records)} records. Read it line by line, set the lines with",
@@ -347,7 +348,10 @@ def draft(source: dict[str, Any], answer: Any, has_link: bool) -> str:
     for field in fields:
         if field.comment == "an array of objects" and key:
             child = child_lines(table, field, records, key)
-            lines += [f"\n# A row for each element of {path_text(field.path)}:"] * bool(child)
+            if child:
+                lines.append(
+                    f"\n# A row for each element of {as_yaml(main.join_path(field.path))}:"
+                )
             lines += [f"# {line}" for line in child]
     return "\n".join(lines) + "\n"
 

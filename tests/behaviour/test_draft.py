@@ -18,7 +18,7 @@ from sandbox import LIBRARY, LIBRARY_CONFIG, ROOT, SAMPLE, SECRET, Sandbox, answ
 Draft = Callable[..., str]
 Answer = Callable[[BaseHTTPRequestHandler], None]
 
-GITHUB = [
+GITHUB: list[dict[str, Any]] = [
     {
         "url": f"https://api.github.example/repos/o/r/issues/{number}",
         "id": 2_000_000_000 + number,
@@ -127,7 +127,8 @@ def load(sandbox: Sandbox, text: str, tmp_path: Path) -> dict[str, int]:
     """Loads what a draft says; returns the rows of each table."""
     path = tmp_path / "draft.yaml"
     path.write_text(text.replace("redshift/credentials", SECRET), encoding="utf-8")
-    done = sandbox.run("--config", path, "--source", re.search("url: (.*)", text)[1])
+    (url,) = re.findall("^  url: (.*)", text, re.MULTILINE)
+    done = sandbox.run("--config", path, "--source", url)
     assert done.returncode == 0, done.stderr
     assert "WARNING" not in done.stderr, done.stderr
     tables = re.findall(r"^  (public\.\w+):$", text, re.MULTILINE)
@@ -195,7 +196,7 @@ def test_launch_library(sandbox: Sandbox, draft: Draft, tmp_path: Path) -> None:
             POSTS[:2],
             """next: Link
             date: timestamp
-            größe: integer as gro_e
+            größe: integer as grosse
             meta\\.seo: varchar(16) # longest 0 bytes
             tags: super # an array
             _links.wp:term: super # an array""",
