@@ -47,14 +47,14 @@ def test_a_column_has_a_name_of_its_own(path: str, text: str, name: str, not_nul
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"größe": "integer"}, "columns.größe: the name 'größe' must match"),
-        ({"24h": "integer as 24h"}, "columns.24h: must be boolean, "),
-        ({"a": "integer as Größe"}, "columns.a: must be boolean, "),
-        ({"a": "integer as"}, "columns.a: must be boolean, "),
-        ({"a": "as b"}, "columns.a: must be boolean, "),
+        ({"größe": "integer"}, "columns.größe: 'größe' must match [a-z_]"),
+        ({"24h": "integer as 24h"}, "columns.24h: must match (boolean|"),
+        ({"a": "integer as Größe"}, "columns.a: must match (boolean|"),
+        ({"a": "integer as"}, "columns.a: must match (boolean|"),
+        ({"a": "as b"}, "columns.a: must match (boolean|"),
         ({"a": "integer as oid"}, "columns.a: the name 'oid' is reserved"),
-        ({"a": "integer as b", "b": "integer"}, "columns: 2 paths give the column 'b'"),
-        ({"+1": "integer", "-1": "integer"}, "columns: 2 paths give the column '_1'"),
+        ({"a": "integer as b", "b": "integer"}, "columns: 2 paths give 'b': say"),
+        ({"+1": "integer", "-1": "integer"}, "columns: 2 paths give '_1': say"),
     ],
 )
 def test_a_name_that_cannot_be_is_refused(columns: dict[str, str], message: str) -> None:
@@ -64,7 +64,7 @@ def test_a_name_that_cannot_be_is_refused(columns: dict[str, str], message: str)
 @pytest.mark.parametrize("wrong", ["int", "text", "numeric(5,2)", "json", "uuid", "varchar"])
 def test_a_type_that_there_is_not_is_told_those_that_there_are(wrong: str) -> None:
     (line,) = [line for line in faults({"a": wrong}).splitlines() if "columns.a" in line]
-    for type_ in ("boolean", "bigint", "decimal(p,s)", "varchar(bytes)", "super"):
+    for type_ in ("boolean", "bigint", "decimal", "varchar", "super"):
         assert type_ in line
     assert f"'{wrong}'" in line
 
@@ -75,7 +75,10 @@ def test_a_path_as_key_is_told_the_columns_name(setting: str, path: str) -> None
     columns, settings = {"id": "integer", path: "integer"}, {"key": "id"} | {setting: path}
     with pytest.raises(ConfigError) as refused:
         table_of(columns, **settings)
-    assert f".{setting}: {path!r} is a path, its column is 'order_id'" in str(refused.value)
+    assert (
+        f".{setting}: {path!r} is not a column that can be compared, its column is 'order_id'"
+        in str(refused.value)
+    )
 
 
 # --- paths --------------------------------------------------------------------------------------
@@ -89,6 +92,7 @@ def test_a_path_as_key_is_told_the_columns_name(setting: str, path: str) -> None
         (r"a\.b.c\.", ["a.b", "c."]),
         (r"a\\.b", ["a\\", "b"]),
         (r"\+1", ["+1"]),
+        ("a\\", ["a\\"]),
     ],
 )
 def test_a_dot_in_a_name_has_a_backslash(
@@ -102,7 +106,7 @@ def test_a_dot_in_a_name_has_a_backslash(
     assert warnings(caplog, table, {"id": 2, **record}) == []
 
 
-@pytest.mark.parametrize("path", ["a.", ".a", "a..b", "a\\", "a.b\\"])
+@pytest.mark.parametrize("path", ["a.", ".a", "a..b", r"a\..", ""])
 def test_a_path_that_is_none_is_refused(path: str) -> None:
     assert f"columns.{path}: " in faults({path: "integer as v"})
 
@@ -151,7 +155,7 @@ def test_positions_of_some_elements_alone_are_refused() -> None:
         rows_of([{"id": 6, "images": [{}]}, record], table_of(IMAGE_COLUMNS, **IMAGES))
     assert str(refused.value) == (
         'public.things, product_id=7, position=null: images[]: [{"position": 2}, {"src": "x"}] '
-        "has elements with and without a position of their own"
+        "has a position in some elements, not in all"
     )
 
 
@@ -196,7 +200,7 @@ def test_arrays_in_arrays_are_refused() -> None:
         rows_of([{"id": 1, "lines": [{"taxes": [1]}]}], table)
     assert str(refused.value) == (
         'public.things, product_id=1, position=null: lines.taxes[]: [{"taxes": [1]}] is an array: '
-        "arrays in arrays are not supported, a column 'lines: super' takes it whole"
+        "arrays in arrays are not supported, a column of type super is"
     )
 
 
