@@ -194,13 +194,12 @@ def test_launch_library(sandbox: Sandbox, draft: Draft, tmp_path: Path) -> None:
         ),
         (
             POSTS[:2],
-            """next: Link
-            date: timestamp
+            """date: timestamp
             größe: integer as grosse
             meta\\.seo: varchar(16) # longest 0 bytes
             tags: super # an array
             _links.wp:term: super # an array""",
-            {"": 3, "__links_self": 3},
+            {"": 2, "__links_self": 2},
         ),
         (
             ETHEREUM,
@@ -224,7 +223,7 @@ def test_other_apis(
     rows: dict[str, int],
 ) -> None:
     url = sandbox.source.at("https://api.example.org/v1/things?per_page=2")
-    more = {"Link": f'<{url}&page=2>; rel="next"'} if document == POSTS[:2] else {}
+    more: dict[str, str] = {}
     answers = [served(document, **more), *[served(POSTS[2:])] * bool(more)]
     sandbox.source.answers = answers[:1]
     text = draft(url)
