@@ -76,7 +76,7 @@ ANSWER_MARGIN = 30  # seconds after a statement's time-out until the connection 
 ALERT_SECONDS = 10  # for all that is done about alerts
 PROGRESS_SECONDS = 5
 
-Columns = dict[str, list[Any]]  # the values of a table's columns, by name
+Columns = defaultdict[str, list[Any]]  # the values of a table's columns, by name
 FieldNames = defaultdict[tuple[str, ...], set[str]]  # by table and path: what its objects have
 
 
@@ -136,13 +136,13 @@ def import_packages() -> None:
 
 
 NAME = r"[a-z_][a-z0-9_]{0,126}"  # what Redshift can hold: it folds names to lower case
-PATH = r"[^.]+(\.[^.]+)*"
+PATH = r"(\\.|[^.])+(\.(\\.|[^.])+)*"  # a.b; a dot in a name is \., a backslash \\
 ROLE = r"arn:aws[\w-]*:iam::\d{12}:role/[\w+=.@/-]+"
 SECRET = r"[\w/+=.@:-]+"
 HOST = r"[\w-]{1,63}(\.[\w-]{1,63})*"
 TYPE = (
     r"(boolean|smallint|integer|bigint|real|double precision|decimal\(\d{1,2},\d{1,2}\)"
-    r"|varchar\(\d{1,5}\)|date|timestamp|timestamptz|super)( not null)?"
+    rf"|varchar\(\d{{1,5}}\)|date|timestamp|timestamptz|super)( not null)?( as {NAME})?( not null)?"
 )
 
 
@@ -233,12 +233,12 @@ class Table:
     name: str
     staging: str = ""  # the name of the temporary table
     columns: tuple[Column, ...] = setting(TYPE)  # in the file "path: type"
-    key: tuple[str, ...] = setting(NAME)
+    key: tuple[str, ...] = setting(r".+")
     mode: str = setting(r"replace|upsert", "replace")
     rows: str = setting(PATH, "")
     parent: str | None = setting(r"(?!(position|value)$)[^.]+", None)
-    sort_key: tuple[str, ...] = setting(NAME, ())
-    dist_key: str | None = setting(NAME, None)
+    sort_key: tuple[str, ...] = setting(r".+", ())
+    dist_key: str | None = setting(r".+", None)
     min_rows: int = setting(r"\d{1,15}", 1)
     max_shrink: float = setting(r"0|0?\.\d+|1(\.0)?", 0.2)
 
@@ -391,8 +391,7 @@ def read_text(pattern: str, given: Any, at: str, faults: list[str]) -> str:
     if is_null(given):
         faults.append(f"{at}: missing")
     elif not isinstance(given, str) or not re.fullmatch(pattern, given, re.ASCII):
-        wrong = "unknown type" if pattern == TYPE else f"must match {pattern}, not"
-        faults.append(f"{at}: {wrong} {shown(given, at)}")
+        faults.append(f"{at}: must match {pattern}, not {shown(given, at)}")
     return str(given)
 
 
@@ -409,18 +408,24 @@ def shown(given: Any, at: str) -> str:
 def parse_column(path: str, text: str) -> Column:
     """The column that the file writes as "path: type".
 
-    Its name is the path in snake case: ``links_patch_small`` of links.patch.small, ``ship_to`` of
-    shipTo.
+    Its name is what stands behind "as", else the path in snake case: ``links_patch_small`` of
+    links.patch.small, ``ship_to`` of shipTo.
     """
-    names = split_path(path)
+    names, own = split_path(path), re.search(r" as (\w+)", text)
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", "_".join(names))
-    kind, _, not_null = text.partition(" not ")
-    return Column(names, re.sub(r"\W", "_", words).lower(), kind, bool(not_null))
+    name = own[1] if own else re.sub(r"\W", "_", words).lower()
+    return Column(names, name, re.split(" not | as ", text)[0], " not null" in text)
 
 
 def split_path(path: str) -> tuple[str, ...]:
     """The names in a path as the configuration writes it; none in ""."""
-    return tuple(path.split(".")) if path else ()
+    names = re.findall(r"((?:\\.|[^.])*)\.", f"{path}.") if path else ()
+    return tuple(re.sub(r"\\(.)", r"\1", name) for name in names)
+
+
+def join_path(names: Iterable[str]) -> str:
+    """The path of these names as the configuration writes it."""
+    return ".".join(re.sub(r"[\\.]", r"\\\g<0>", name) for name in names)
 
 
 def table_faults(table: Table) -> Iterator[str]:
@@ -429,9 +434,11 @@ def table_faults(table: Table) -> Iterator[str]:
     if not re.fullmatch(rf"{NAME}\.{NAME}", table.name):
         yield f"{at}: must be schema.table, each matching {NAME}"
     for column in table.columns:
-        path = f"{at}.columns.{'.'.join(column.path)}"
-        if not re.fullmatch(NAME, column.name) or not all(column.path):
-            yield f"{path}: the name of the column, {column.name!r}, must match {NAME}"
+        path = f"{at}.columns.{join_path(column.path)}"
+        if not column.path or not all(column.path):
+            yield f"{path}: a name in the path is empty"
+        elif not re.fullmatch(NAME, column.name):
+            yield f'{path}: {column.name!r} must match {NAME}: say "as another_name"'
         if column.name in RESERVED:
             yield f"{path}: the name {column.name!r} is reserved"
         most = 38 if column.kind == "decimal" else 65_535
@@ -441,13 +448,15 @@ def table_faults(table: Table) -> Iterator[str]:
             yield f"{path}: {column.type}: the scale is larger than the precision"
     for name, paths in Counter(column.name for column in table.columns).items():
         if paths > 1:
-            yield f"{at}.columns: {paths} paths give the column {name!r}"
+            yield f'{at}.columns: {paths} paths give {name!r}: say "as another_name"'
     comparable = {column.name for column in table.columns if column.kind != "super"}
+    named = {join_path(column.path): f", its column is {column.name!r}" for column in table.columns}
     for setting in ("key", "sort_key", "dist_key"):
         names = getattr(table, setting) or ()
         for name in (names,) if isinstance(names, str) else names:
             if name not in comparable:
-                yield f"{at}.{setting}: {name!r} is not a column that can be compared"
+                hint = named.get(name, "")
+                yield f"{at}.{setting}: {name!r} is not a column that can be compared{hint}"
     if table.key == ():
         yield f"{at}.key: must name the columns that no two rows share"
     if bool(table.rows) != bool(table.parent):
@@ -480,6 +489,8 @@ hidden: set[str] = set()  # what is masked
 
 def set_up_log(log_format: str, verbose: bool) -> None:
     """Logs to standard error; nothing else is shown there: urllib3 warns with whole URLs."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # an emoji on a terminal of ASCII
     handler = logging.StreamHandler()
     handler.setFormatter(LogFormatter(log_format == "json"))
     log.addHandler(handler)
@@ -530,6 +541,14 @@ def masked(text: str) -> str:
     return text
 
 
+def print_lines(*lines: str) -> None:
+    """Prints to standard output, of which nobody has to read all: ``--dry-run | head -1``."""
+    try:
+        print(*lines, sep="\n", flush=True)
+    except BrokenPipeError:  # which Python would meet again, when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def shorten(value: Any, length: int = 80) -> str:
     """A value as JSON for a message, cut to a length, safe to print."""
 
@@ -569,6 +588,8 @@ def step(name: str, figures: dict[str, Any] | None = None) -> Iterator[dict[str,
         full = isinstance(error, OSError) and error.errno == errno.ENOSPC
         where = f" in {tempfile.gettempdir()}" if full else ""
         raise PipelineError(f"{error}{where}") from None
+    except MemoryError:
+        raise PipelineError("not enough memory: a record takes several times its size") from None
     finally:
         done.set()
     log_figures("")
@@ -912,20 +933,15 @@ def read_frames(
 
     Adds the names of all fields that it meets.
     """
-    count, columns = Counter[str](), [no_rows(table) for table in tables]
+    count, columns = Counter[str](), [Columns(list) for _ in tables]
     for records in read_records(body):
         for table, of_table in zip(tables, columns, strict=True):
             flatten(records, table, of_table, names)
         count.update(pieces=1, records=len(records))
         if count["pieces"] == CHUNK_PIECES or count["records"] >= CHUNK_RECORDS:
             yield list(map(to_frame, tables, columns))
-            count, columns = Counter(), [no_rows(table) for table in tables]
+            count, columns = Counter(), [Columns(list) for _ in tables]
     yield list(map(to_frame, tables, columns))
-
-
-def no_rows(table: Table) -> Columns:
-    """The columns of a table, without values."""
-    return {column.name: [] for column in table.columns}
 
 
 def flatten(
@@ -955,26 +971,40 @@ def explode(records: list[dict[str, Any]], table: Table) -> list[dict[str, Any]]
     """The rows of a table in the records, as objects.
 
     These are the records themselves, or with ``rows`` the elements of that array, each with its
-    ``position`` from 1 and its record under the name ``parent``. Where the table has a column for
-    the path ``value``, the element itself becomes it: for arrays of ids.
+    record under the name ``parent`` and, unless it has one of its own, its ``position`` from 1. An
+    element that is no object becomes the ``value`` of one: for arrays of ids.
     """
     if not table.rows:
         return records
-    path = split_path(table.rows)
-    is_value = any(column.path == ("value",) for column in table.columns)
-    rows = []
+    names, rows = {column.path[0] for column in table.columns}, []
     for record in records:
-        for depth in range(1, len(path) + 1):
-            elements = dig(record, path[:depth])
-            kind, what = (dict, "object") if depth < len(path) else (list, "array")
-            if not isinstance(elements, kind | NoneType):
-                raise misfit(table, {table.parent: record}, (), elements, f"is not an {what}")
-        for position, element in enumerate(elements or [], 1):
-            row = {"position": position, table.parent: record}
-            if not is_value and not isinstance(element, dict):
-                raise misfit(table, row, (), element, "is not an object")
-            rows.append(({"value": element} if is_value else element) | row)
+        elements, parent = elements_of(record, table), {str(table.parent): record}
+        own = sum("position" in element for element in elements if isinstance(element, dict))
+        if "position" in names and 0 < own < len(elements):
+            raise misfit(table, parent, (), elements, "has a position in some elements, not in all")
+        for position, element in enumerate(elements, 1):
+            counted = {"position": position} if "position" in names else {}
+            row = element if isinstance(element, dict) else {"value": element}
+            if row is not element and "value" not in names:
+                raise misfit(table, counted | parent, (), element, "is not an object")
+            if table.parent in row:
+                rule = f"has a field {table.parent!r}: choose another name for parent"
+                raise misfit(table, counted | parent, (), element, rule)
+            rows.append(counted | row | parent)
     return rows
+
+
+def elements_of(record: dict[str, Any], table: Table) -> list[Any]:
+    """The elements of the array of ``rows``; none where a name on the way to it is missing."""
+    path, found = split_path(table.rows), None
+    for depth in range(1, len(path) + 1):
+        found = dig(record, path[:depth])
+        kind, rule = (dict, "is not an object") if depth < len(path) else (list, "is not an array")
+        if kind is dict and isinstance(found, list):
+            rule = "is an array: arrays in arrays are not supported, a column of type super is"
+        if not isinstance(found, kind | NoneType):
+            raise misfit(table, {str(table.parent): record}, (), found, rule)
+    return found or []
 
 
 def dig(value: Any, path: Iterable[str]) -> Any:
@@ -1014,12 +1044,12 @@ def key_text(key: Mapping[Any, Any]) -> str:
 
 
 def source_path(table: Table, path: tuple[str, ...]) -> str:
-    """A path of a table as the source has it; "" for what the source does not have."""
+    """A path of a table as the source has it; "" for the record around an element."""
     if not table.rows:
-        return ".".join(path)
+        return join_path(path)
     if path[:1] == (table.parent,):
-        return ".".join(path[1:])
-    return "" if path == ("position",) else ".".join((f"{table.rows}[]", *path))
+        return join_path(path[1:])
+    return ".".join(filter(None, (f"{table.rows}[]", join_path(path))))
 
 
 def fit(column: Column, values: Sequence[Any]) -> Sequence[Any]:
@@ -1049,7 +1079,7 @@ def fit(column: Column, values: Sequence[Any]) -> Sequence[Any]:
             with np.errstate(over="ignore"):
                 return [None if value is None else to_float(column.kind, value) for value in values]
         case "decimal":
-            refuse_others(values, "a number", int, Decimal)
+            refuse_others(values, "a number", int, Decimal, str)
             return [None if v is None else to_decimal(column, v) for v in values]
         case "varchar":
             refuse_others(values, "a text", str)
@@ -1090,8 +1120,10 @@ def to_float(kind: str, number: int | Decimal) -> float:
     return value
 
 
-def to_decimal(column: Column, number: int | Decimal) -> str:
-    """A number in all its digits."""
+def to_decimal(column: Column, number: int | Decimal | str) -> str:
+    """A number in all its digits; many APIs serve money in quotes."""
+    if isinstance(number, str) and not re.fullmatch(r"-?\d+(\.\d+)?", number, re.ASCII):
+        raise Unfit("is not a number")
     precision, scale = column.arguments
     exact = Context(prec=precision, traps=[Inexact, InvalidOperation])
     try:
@@ -1205,13 +1237,14 @@ def warn_of_drift(tables: tuple[Table, ...], names: FieldNames) -> None:
     # A table without rows has not looked at any field.
     with_rows = [table for table, path in columns if source_path(table, path) in met]
     wanted = {source_path(table, path) for table, path in columns if table in with_rows}
+    wanted -= {f"{table.rows}[].position" for table in tables}  # counted where it is not served
     known = {source_path(t, path[: n + 1]) for t, path in columns for n in range(len(path))}
     for table in tables:
         path = split_path(table.rows)
-        known |= {".".join(path[: n + 1]) for n in range(len(path))}
-    for unknown in sorted(met - known - {""}):
-        shown = unknown if unknown.isprintable() else shorten(unknown)
-        log.warning("the source has a field that no table loads: %s", shown)
+        known |= {join_path(path[: n + 1]) for n in range(len(path))}
+    unknown = [p if p.isprintable() else shorten(p) for p in sorted(met - known - {""})]
+    if unknown:
+        log.warning("the source has fields that no table loads: %s", ", ".join(unknown))
     for missing in sorted(wanted - met - {""}):
         log.warning("no record has the field %s, so its column is null", missing)
 
@@ -1250,8 +1283,8 @@ class Run:
         return f"s3://{staging.bucket}/{staging.prefix}/{name}/{day}/{self.id}/{file}"
 
 
-def to_csv(frame: pd.DataFrame, null: str) -> bytes:
-    """The rows of a frame as CSV, in which every text is quoted and NULL is not.
+def to_csv(frame: pd.DataFrame, null: str) -> list[bytes]:
+    """The rows of a frame as lines of CSV, in which every text is quoted and NULL is not.
 
     The csv module cannot do that, and before Python 3.13 leaves a lone carriage return unquoted;
     DataFrame.to_csv takes several times as long.
@@ -1274,7 +1307,16 @@ def to_csv(frame: pd.DataFrame, null: str) -> bytes:
 
     rows = map(",".join, zip(*(cells(frame[name]) for name in frame), strict=True))
     # One by one: in a text of all, a single emoji would make each character take four bytes.
-    return b"\n".join([*map(str.encode, rows), b""])
+    return list(map(str.encode, rows))
+
+
+def warn_of_large_rows(table: Table, frame: pd.DataFrame, lines: list[bytes]) -> None:
+    """Logs the rows that are over COPY's limit in its guide; a newer page allows SUPER more."""
+    for number, line in enumerate(lines):
+        if len(line) > 4 << 20:
+            (key,) = frame[list(table.key)][number : number + 1].to_dict("records")
+            size = f"{len(line) / 1e6:.1f} MB of CSV, COPY may refuse more than 4"
+            log.warning("%s, %s: the row has %s", table.name, key_text(key), size)
 
 
 class Stager:
@@ -1304,8 +1346,9 @@ class Stager:
 
     def write(self, table: Table, frame: pd.DataFrame) -> None:
         """Appends the rows of a frame to the table's parts; waits while too many are ahead."""
-        csv = to_csv(frame, self.run.null)
-        self._ahead.append(self._threads[0].apply_async(self._append, [table, csv]))
+        lines = to_csv(frame, self.run.null)
+        warn_of_large_rows(table, frame, lines)
+        self._ahead.append(self._threads[0].apply_async(self._append, [table, lines]))
         self.run.rows[table.name] += len(frame)
         if len(self._ahead) > CHUNKS_AHEAD:
             self._ahead.popleft().get()
@@ -1329,7 +1372,7 @@ class Stager:
         source = public_url(self.run.config.source.url)
         return {"source": source, "raw": self.run.url("raw", raw.name), "sha256": sha256}
 
-    def _append(self, table: Table, csv: bytes) -> None:
+    def _append(self, table: Table, lines: list[bytes]) -> None:
         parts = self.parts[table.name]
         if parts and parts[-1].stat().st_size > self.run.config.staging.part_mb << 20:
             self._end_part(table.name)
@@ -1338,7 +1381,7 @@ class Stager:
             self._open[table.name] = gzip.GzipFile(parts[-1], "wb", GZIP_LEVEL, mtime=0)
             header = ",".join(column.name for column in table.columns)
             self._open[table.name].write(f"{header}\n".encode())
-        self._open[table.name].write(csv)
+        self._open[table.name].write(b"\n".join([*lines, b""]))
 
     def _end_part(self, name: str) -> None:
         self._open.pop(name).close()
@@ -2057,13 +2100,14 @@ def print_dry_run(run: Run, parts: dict[str, list[Path]]) -> None:
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "<region>"
     for table in run.config.tables:
         files = parts[table.name]
-        print(f"\n-- {table.name}: {run.rows[table.name]} rows in", *files, sep="\n--   ")
+        print_lines(f"\n-- {table.name}: {run.rows[table.name]} rows in")
+        print_lines(*(f"--   {file}" for file in files))
         first = pd.read_csv(files[0], nrows=3, dtype=str, keep_default_na=False)
         if run.rows[table.name]:
-            print(first.replace(run.null, "NULL").T.to_string(header=False, max_colwidth=36))
+            print_lines(first.replace(run.null, "NULL").T.to_string(header=False, max_colwidth=36))
         sqls = [create_sql(table), create_staging_sql(table), copy_sql(run, table, region)]
         sqls += [doubles_sql(table), delete_sql(table), insert_sql(run, table)]
-        print("", *sqls, sep="\n\n", end="\n")
+        print_lines("\n\n".join(["", *sqls]))
 
 
 @contextlib.contextmanager

@@ -156,6 +156,7 @@ def run() -> None:
     del sys.modules[main.__name__]
     code = compile(MAIN.read_bytes(), str(MAIN), "exec")
     request = serve()
+    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 - a pipe now
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])

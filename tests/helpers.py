@@ -476,10 +476,11 @@ def fetch_records(config: Config, folder: Path) -> Records:
 def csv_of(records: Iterable[Record], table: Table, null: str = NULL) -> str:
     """The CSV of a table that the program makes of records, which it gets in two batches."""
     records, names = list(records), main.FieldNames(set)
-    columns = main.no_rows(table)
+    columns = main.Columns(list)
     for batch in (records[:2], records[2:]):
         main.flatten(batch, table, columns, names)
-    return main.to_csv(main.to_frame(table, columns), null).decode()
+    lines = main.to_csv(main.to_frame(table, columns), null)
+    return b"".join(line + b"\n" for line in lines).decode()
 
 
 def rows_of(records: Iterable[Record], table: Table, null: str = "NULL") -> list[list[str]]:
@@ -492,7 +493,7 @@ def warn_of_drift(records: Iterable[Record], tables: tuple[Table, ...]) -> None:
     names = main.FieldNames(set)
     for record in records:
         for table in tables:
-            main.flatten([record], table, main.no_rows(table), names)
+            main.flatten([record], table, main.Columns(list), names)
     main.warn_of_drift(tables, names)
 
 

@@ -7,7 +7,6 @@ import json
 import re
 import subprocess
 import sys
-import textwrap
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -139,12 +138,12 @@ def test_a_record_that_moved_between_two_pages_is_kept_once(sandbox: Sandbox, lo
     assert_kept(load(tables=tables, arguments=("--source", raw)))
 
 
-# --- Launch Library 2, and the README's example ---------------------------------------------------
+# --- Launch Library 2, and the news -------------------------------------------------------------
 
 
 def test_launch_library_is_loaded_and_kept_up_to_date(sandbox: Sandbox) -> None:
     launches = json.loads(LIBRARY.read_bytes())
-    arguments = "--config", LIBRARY_CONFIG, "--source", sandbox.library()
+    arguments = "--config", LIBRARY_CONFIG, "--source", sandbox.url_of(LIBRARY_CONFIG)
     done = sandbox.run(*arguments)
     assert done.returncode == 0, done.stderr
     assert "WARNING transform" not in done.stderr  # every field has its column
@@ -177,7 +176,7 @@ def test_launch_library_is_loaded_and_kept_up_to_date(sandbox: Sandbox) -> None:
 
 @pytest.mark.ci
 def test_the_sandbox_shows_launch_library() -> None:
-    command = [sys.executable, "tests/sandbox.py", "--config", "conf/launch_library.yaml"]
+    command = [sys.executable, "tests/sandbox.py", "--config", "conf/examples/launch_library.yaml"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "pages 3, records 12" in done.stderr
@@ -185,11 +184,8 @@ def test_the_sandbox_shows_launch_library() -> None:
         assert re.search(row, done.stdout), done.stdout
 
 
-def test_the_third_source_of_the_readme(sandbox: Sandbox, tmp_path: Path) -> None:
-    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    (example,) = [block for block in blocks if "api.spaceflightnewsapi.net" in block]
-    config, articles = tmp_path / "news.yaml", tmp_path / "articles.json"
-    config.write_text(textwrap.dedent(example))
+def test_the_news_are_loaded(sandbox: Sandbox, tmp_path: Path) -> None:
+    config, articles = ROOT / "conf" / "examples" / "news.yaml", tmp_path / "articles.json"
     article = {
         "id": 30_412,
         "title": "A probe on its way",

@@ -178,7 +178,9 @@ def test_what_does_not_go_together_is_refused(
 
 def test_a_wrong_type_is_named(change: Change) -> None:
     path = change("tables / public.launches / columns / id", "strnig")
-    assert faults(path) == ["tables.public.launches.columns.id: unknown type 'strnig'"]
+    (fault,) = faults(path)
+    assert fault.startswith("tables.public.launches.columns.id: must match (boolean|smallint|")
+    assert fault.endswith(", not 'strnig'")
 
 
 @pytest.mark.parametrize(
@@ -249,7 +251,7 @@ def test_two_names_that_become_one_are_refused(change: Change) -> None:
     names = dict.fromkeys(("shipTo", "ship.to", "ship_to"), "date")
     columns = TABLES["public.launches"]["columns"] | names
     assert faults(change("tables / public.launches / columns", columns)) == [
-        f"{LAUNCHES}.columns: 3 paths give the column 'ship_to'"
+        f"{LAUNCHES}.columns: 3 paths give 'ship_to': say \"as another_name\""
     ]
 
 

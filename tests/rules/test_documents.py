@@ -462,6 +462,9 @@ def expected(kind: str, value: Any) -> Any:
             return moment(value, name == "timestamptz")
         require(re.fullmatch("[0-9]{4}-[0-9]{2}-[0-9]{2}", value))
         return moment(f"{value}T00:00:00", False).date()
+    if name == "decimal" and isinstance(value, str):
+        require(re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", value))
+        value = Number(value)
     require(isinstance(value, Number))
     if name in ("smallint", "integer", "bigint"):
         limit = 1 << {"smallint": 15, "integer": 31, "bigint": 63}[name]
@@ -507,11 +510,13 @@ def expected_rows(table: Table, number: int, record: Any) -> Rows:
         elements = dug(record, table.rows)
         require(elements is None or isinstance(elements, list))
         sources = []
+        own = ["position" in element for element in elements or [] if isinstance(element, dict)]
+        require(not any(own) or (all(own) and len(own) == len(elements)))
         for position, element in enumerate(elements or [], 1):
-            if table.name == "public.codes":
+            if table.name == "public.codes" and not isinstance(element, dict):
                 element = {"value": element}
-            require(isinstance(element, dict))
-            sources.append(element | {"position": Number(str(position)), "item": record})
+            require(isinstance(element, dict) and "item" not in element)
+            sources.append({"position": Number(str(position))} | element | {"item": record})
     rows = []
     for source in sources:
         row = {}

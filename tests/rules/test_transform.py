@@ -476,7 +476,7 @@ BROKEN: dict[tuple[str, str], list[str | tuple[str, str]]] = {
         *("1000", "0.001", "999.995", ("1e99", "1E+99"), ("1e1000000", "1E+1000000")),
         ("1e-1000000", "1E-1000000"),
     ],
-    ("decimal(5,2)", "is not a number"): ["true", '"1.00"', "NaN"],
+    ("decimal(5,2)", "is not a number"): ["true", '"1e2"', "NaN"],
     ("decimal(38,0)", "does not fit decimal(38,0) exactly"): ["1" * 39],
     ("varchar(3)", "has a text of 4 bytes, at most 3 fit"): ['"abcd"', '"🚀"'],
     ("varchar(3)", "has a text of 5 bytes, at most 3 fit"): ['"é€"'],
@@ -636,7 +636,7 @@ def test_texts_of_a_key_that_differ_are_no_doubles() -> None:
 
 # --- warn_of_drift ------------------------------------------------------------------------------
 
-UNKNOWN = "the source has a field that no table loads: "
+UNKNOWN = "the source has fields that no table loads: "
 MISSING = "no record has the field {}, so its column is null"
 DRIFT = config_of(
     {
@@ -697,14 +697,8 @@ def test_unknown_fields_are_named_by_their_paths(caplog: pytest.LogCaptureFixtur
         "ships": ["s"],
     }
     assert drift(caplog, record) == {
-        UNKNOWN + path
-        for path in (
-            "crew",
-            "links.patch.large",
-            "links.wiki",
-            "stage.cores[].legs",
-            "stage.cores[].landing.zone",
-        )
+        f"{UNKNOWN}crew, links.patch.large, links.wiki, stage.cores[].landing.zone, "
+        "stage.cores[].legs"
     }
 
 

@@ -154,7 +154,7 @@ def releases(folder: Path, source: str) -> None:
     for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "1.2.0"], ["tag", "v1.2.0"]):
         subprocess.run([*git, *command], cwd=clone, check=True)
 
-    (clone / "conf" / "launch_library.yaml").unlink()
+    (clone / "conf" / "examples" / "news.yaml").unlink()
     deploy = yaml.safe_load((ROOT / ".github/workflows/deploy.yml").read_text("utf-8"))
     (pack,) = (step for step in deploy["jobs"]["deploy"]["steps"] if step.get("name") == "Pack")
     environment = os.environ | {"RUNNER_TEMP": str(folder)}
@@ -284,10 +284,10 @@ for name in pipeline second; do flock /var/lock/sequra-challenge/$name true; don
 
 : another release, and back
 {another.replace("v1.2.0", "v1.3.0")}
-! ls /opt/sequra-challenge/current/conf/launch_library.yaml
+! ls /opt/sequra-challenge/current/conf/examples/news.yaml
 release=v1.2.0
 {back}
-ls /opt/sequra-challenge/current/conf/launch_library.yaml
+ls /opt/sequra-challenge/current/conf/examples/news.yaml
 
 rotate() {{ logrotate --force --state /run/state /etc/logrotate.d/sequra-challenge 2>&1; }}
 [[ -z $(rotate) ]]
