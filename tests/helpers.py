@@ -525,8 +525,8 @@ def stage_chunks(chunks: Iterable[Records], folder: Path) -> None:
 def connect(login: dict[str, Any], seconds: int) -> Any:
     """A connection of the program with what a secret holds, for which it tries so long."""
     redshift = replace(config_of(THINGS).redshift, connect_seconds=seconds)
-    credentials = main.Credentials(**{name.lower(): value for name, value in login.items()})
-    return main.connect(redshift, credentials)
+    with mock.patch.object(main, "read_secret", return_value=json.dumps(login)):
+        return main.connect(redshift)
 
 
 def is_tried_again(code: str) -> bool:
