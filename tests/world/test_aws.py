@@ -118,7 +118,8 @@ class Slack(Server):
 class Gateway(Server):
     """Stands before moto, and lets pass what the policies of the request's role allow.
 
-    ``used`` has the actions of each role; ``broken`` tells which requests fail all the same.
+    ``used`` has the actions that each role was allowed, for S3 tells the region of a bucket also to
+    whom it denies HeadBucket; ``broken`` tells which requests fail all the same.
     """
 
     def __init__(self, stack: Stack) -> None:
@@ -137,10 +138,10 @@ class Gateway(Server):
             answer(request, 403, b"InvalidClientTokenId")
             return
         for action, resource in self.needed(request, body):
-            self.used[role].add(action)
             if not self.stack.allows(role, action, resource):
                 self.deny(request, f"{role} is not authorized to perform: {action} on {resource}")
                 return
+            self.used[role].add(action)
         if self.broken(request.path):
             self.deny(request, "broken by the test")
             return
@@ -718,8 +719,13 @@ def test_only_the_loaders_copy_gets_the_role(stack: Stack, external_id: str, all
 
 
 def test_access_denied_is_explained(
-    sandbox: Sandbox, stack: Stack, instance: dict[str, str | None]
+    sandbox: Sandbox,
+    stack: Stack,
+    instance: dict[str, str | None],
+    create_user: Callable[[str], None],
 ) -> None:
+    secret = sandbox.secrets.get_secret_value(SecretId=stack.outputs["Secret"])["SecretString"]
+    create_user(json.loads(secret)["PASSWORD"])
     stack.config.write_text(stack.config.read_text().replace(stack.bucket, "my-data-bucket"))
     done = sandbox.run("--config", stack.config, **instance)
     assert done.returncode == 1
