@@ -1428,12 +1428,10 @@ def aws_client(service: str, region: str | None = None) -> Any:
     region = region or botocore.utils.IMDSRegionProvider(session).provide()
     if not region:
         raise PipelineError("no AWS region: set AWS_REGION, or a region in the AWS profile")
-    tries = {"s3": 10, "sts": 1}.get(service, 3)  # S3 may ask to slow down; STS is for a message
-    settings = botocore.config.Config(
-        retries={"mode": "standard", "total_max_attempts": tries},
-        connect_timeout=10,
-        read_timeout=60 if service == "s3" else 10,
-    )
+    # S3 may ask to slow down, and takes its time to join parts; STS only helps a message.
+    tries, seconds = {"s3": (10, 60), "sts": (1, 10)}.get(service, (3, 10))
+    retries = {"mode": "standard", "total_max_attempts": tries}
+    settings = botocore.config.Config(retries=retries, connect_timeout=10, read_timeout=seconds)
     with _aws_lock:
         return boto3.client(service, region_name=region, config=settings)
 
@@ -1530,8 +1528,7 @@ def create_staging_sql(table: Table) -> str:
 
 def definition_sql(table: Table, columns: tuple[Column, ...]) -> str:
     """Columns, and the keys by which Redshift distributes and sorts the rows."""
-    sql = ",\n  ".join(column.sql for column in columns)
-    sql = f"(\n  {sql}\n)"
+    sql = "(\n  " + ",\n  ".join(column.sql for column in columns) + "\n)"
     if table.dist_key:
         sql += f"\nDISTKEY ({quoted(table.dist_key)})"
     if table.sort_key:
@@ -1790,7 +1787,7 @@ def existing_columns(cursor: Any, table: Table) -> dict[str, Column]:
     }
     rows = execute(cursor, COLUMNS_SQL.format(*map(literal, table.name.split(".")))).fetchall()
     if not rows and exists(cursor, table):
-        why = "svv_columns, which an administrator can close, shows none of its columns"
+        why = "svv_columns shows none of its columns: an administrator has to open it to this user"
         raise PipelineError(f"{table.name} exists, but {why}")
     return {
         name: Column((), name, written.get(kind, kind).format(*numbers))
