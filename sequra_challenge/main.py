@@ -1785,8 +1785,10 @@ def existing_columns(cursor: Any, table: Table) -> dict[str, Column]:
         "timestamp without time zone": "timestamp",
         "timestamp with time zone": "timestamptz",
     }
-    rows = execute(cursor, COLUMNS_SQL.format(*map(literal, table.name.split(".")))).fetchall()
-    if not rows and exists(cursor, table):
+    look = partial(execute, cursor, COLUMNS_SQL.format(*map(literal, table.name.split("."))))
+    rows = look().fetchall()
+    # It is looked at again, because another loader may just have made the table.
+    if not rows and exists(cursor, table) and not (rows := look().fetchall()):
         why = "svv_columns shows none of its columns: an administrator has to open it to this user"
         raise PipelineError(f"{table.name} exists, but {why}")
     return {

@@ -129,6 +129,26 @@ def test_metadata_that_is_closed(things: Things) -> None:
     assert not [sql for sql in statements if sql.startswith(("CREATE", "ALTER", "COPY"))]
 
 
+def test_a_table_that_another_loader_makes_meanwhile(things: Things) -> None:
+    """After the metadata showed none, before it is asked for: it is not taken for a closed one."""
+    made = []
+
+    def make(when: str, sql: str) -> None:
+        if (
+            when == "after"
+            and sql.startswith("SELECT column_name")
+            and "'things'" in sql
+            and not made
+        ):
+            made.append(sql)
+            as_user(things, f"CREATE TABLE {TABLE} (id varchar(8) NOT NULL, n integer)")
+
+    things.sandbox.redshift.hook = make
+    things.load(("a", 1))
+    assert len(made) == 1
+    assert things.rows() == [("a", 1)]
+
+
 def test_booleans_and_times_as_the_guide_spells_them(things: Things) -> None:
     columns = COLUMNS | {"is": "boolean", "on": "date", "at": "timestamp", "tz": "timestamptz"}
     times = {"0001-01-01": True, "0099-12-31": False, "0999-02-28": None}
