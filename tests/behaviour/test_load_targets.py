@@ -131,7 +131,7 @@ def test_metadata_that_is_closed(things: Things) -> None:
 
 def test_a_table_that_another_loader_makes_meanwhile(things: Things) -> None:
     """After the metadata showed none, before it is asked for: it is not taken for a closed one."""
-    made = []
+    made: list[str] = []
 
     def make(when: str, sql: str) -> None:
         if (
