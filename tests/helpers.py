@@ -516,7 +516,7 @@ def stage_chunks(chunks: Iterable[Records], folder: Path) -> None:
     config = config_of(THINGS)
     (table,), stager = config.tables, main.Stager(main.Run(config), folder, None)
     for records in chunks:
-        columns = main.no_rows(table)
+        columns = main.Columns(list)
         main.flatten(records, table, columns, main.FieldNames(set))
         stager.write(table, main.to_frame(table, columns))
     stager.end_parts()
@@ -525,8 +525,8 @@ def stage_chunks(chunks: Iterable[Records], folder: Path) -> None:
 def connect(login: dict[str, Any], seconds: int) -> Any:
     """A connection of the program with what a secret holds, for which it tries so long."""
     redshift = replace(config_of(THINGS).redshift, connect_seconds=seconds)
-    credentials = main.Credentials(**{name.lower(): value for name, value in login.items()})
-    return main.connect(redshift, credentials)
+    with mock.patch.object(main, "read_secret", return_value=json.dumps(login)):
+        return main.connect(redshift)
 
 
 def is_tried_again(code: str) -> bool:
