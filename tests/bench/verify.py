@@ -29,7 +29,7 @@ from sequra_challenge.main import load_config  # noqa: E402
 csv.field_size_limit(1 << 30)
 STAGED = ("launches.csv.gz", "sequra-*/public.launches.*.csv.gz", "out/dlt/launches/*.csv.gz")
 READ: dict[str, Callable[[str], Any]] = {
-    "boolean": lambda cell: {"true": True, "false": False}[cell.lower()],
+    "boolean": lambda cell: {"t": True, "f": False}[cell],
     "integer": int,
     "bigint": int,
     "timestamptz": datetime.fromisoformat,

@@ -111,13 +111,13 @@ def test_a_statement_may_take_longer_than_to_connect(
 ) -> None:
     monkeypatch.setenv("SSL_CERT_FILE", str(sandbox.redshift.ca))
     with contextlib.closing(connect(sandbox.secret(), 60)) as connection:
-        assert connection._usock.gettimeout() > 3600  # redshift.statement_seconds
+        assert connection._usock.gettimeout() > 3600  # statement_seconds
 
 
 @pytest.mark.parametrize(
     ("codes", "expected"),
     [
-        ("40001 40P01 55P03", True),  # another loader was faster
+        ("40001 55P03", True),  # another loader was faster
         ("23505 42701 42P07", True),  # it made the table or the column at the same moment
         ("53300 53400 57P01 57P03 08006", True),  # no room for a connection, it goes, it broke
         ("28000 42501 22001 3D000 57014 XX000", False),
@@ -144,5 +144,6 @@ def test_no_more_than_some_chunks_are_ahead_of_what_writes_them(tmp_path: Path) 
     thread.start()
     thread.join(0.5)
     ahead = len(taken)
+    assert thread.is_alive()
     assert len(gzip.decompress(part.read_bytes()).splitlines()) == 1 + 50
     assert 0 < ahead < 10
