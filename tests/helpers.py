@@ -516,7 +516,7 @@ def stage_chunks(chunks: Iterable[Records], folder: Path) -> None:
     config = config_of(THINGS)
     (table,), stager = config.tables, main.Stager(main.Run(config), folder, None)
     for records in chunks:
-        columns = main.no_rows(table)
+        columns = main.Columns(list)
         main.flatten(records, table, columns, main.FieldNames(set))
         stager.write(table, main.to_frame(table, columns))
     stager.end_parts()
