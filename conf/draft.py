@@ -73,8 +73,9 @@ def look(source: dict[str, Any]) -> tuple[Any, bool]:
         if body:
             headers |= {"Content-Type": "application/json"}
             body = expanded(body, lambda text: json.dumps(text)[1:-1]).encode()
-        method = "POST" if body else "GET"
-        response = requests.request(method, url, headers=headers, data=body, timeout=(10, 60))
+        with main.http_session(headers) as session:
+            method = "POST" if body else "GET"
+            response = session.request(method, url, data=body, timeout=main.HTTP_TIMEOUT)
         response.raise_for_status()
         content, has_link = response.content, "next" in response.links
     else:
@@ -294,7 +295,7 @@ def child_lines(table: str, array: Field, rows: Sequence[Record], key: list[Fiel
         for position, element in enumerate(found or [], 1):
             parents.append(number)
             elements.append(({} if own else {"position": position}) | element)
-    parent = re.sub(r"^\d|\W", "_", re.sub("s$", "", table.partition(".")[2]))
+    parent = re.sub("(?<=ch|sh|ss)es$|s$", "", re.sub("ies$", "y", table.partition(".")[2]))
     parent += "_parent" * any(parent in element for element in elements)
     of_parent = [
         replace(f, path=(parent, *f.path), values=[f.values[n] for n in parents], name="")
@@ -367,12 +368,11 @@ def run() -> int:
         if given.endswith((".yaml", ".yml")):
             source = yaml.load(Path(given).read_bytes(), yaml.BaseLoader)["source"]
         sys.stdout.write(draft(source, *look(source)))
-    except requests.HTTPError as error:
-        parser.exit(1, f"{given}: HTTP {error.response.status_code} {error.response.reason}\n")
     except KeyError as error:
         parser.exit(1, f"{given}: {error} is missing, in the file or in the environment\n")
     except (requests.RequestException, OSError, ValueError, TypeError, yaml.YAMLError) as error:
-        reason = type(error).__name__ if isinstance(error, requests.RequestException) else error
+        is_of_http = isinstance(error, requests.RequestException)
+        reason = main.error_text(error) if is_of_http else error  # without the URL's secrets
         parser.exit(1, f"{given}: {reason}\n")
     return 0
 

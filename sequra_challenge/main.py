@@ -976,9 +976,9 @@ def explode(records: list[dict[str, Any]], table: Table) -> list[dict[str, Any]]
     """
     if not table.rows:
         return records
-    names, rows = {column.path[0] for column in table.columns}, []
+    path, names, rows = split_path(table.rows), {column.path[0] for column in table.columns}, []
     for record in records:
-        elements, parent = elements_of(record, table), {str(table.parent): record}
+        elements, parent = elements_of(record, path, table), {str(table.parent): record}
         own = sum("position" in element for element in elements if isinstance(element, dict))
         if "position" in names and 0 < own < len(elements):
             raise misfit(table, parent, (), elements, "has a position in some elements, not in all")
@@ -990,13 +990,13 @@ def explode(records: list[dict[str, Any]], table: Table) -> list[dict[str, Any]]
             if table.parent in row:
                 rule = f"has a field {table.parent!r}: choose another name for parent"
                 raise misfit(table, counted | parent, (), element, rule)
-            rows.append(counted | row | parent)
+            rows.append({**counted, **row, **parent})
     return rows
 
 
-def elements_of(record: dict[str, Any], table: Table) -> list[Any]:
-    """The elements of the array of ``rows``; none where a name on the way to it is missing."""
-    path, found = split_path(table.rows), None
+def elements_of(record: dict[str, Any], path: tuple[str, ...], table: Table) -> list[Any]:
+    """The elements of the array at a path; none where a name on the way to it is missing."""
+    found = None
     for depth in range(1, len(path) + 1):
         found = dig(record, path[:depth])
         kind, rule = (dict, "is not an object") if depth < len(path) else (list, "is not an array")

@@ -742,6 +742,7 @@ def test_each_kind_of_value(config: Config, place: str) -> None:
 @given(documents(faults=0), st.data())
 def test_text_that_is_damaged(config: Config, document: list[Any], data: st.DataObject) -> None:
     """With a piece cut out or put in, it is JSON all the same, or refused."""
+    assume(not all_expected(config, document)[1])  # a part may have a field that is called item
     text = written(document, ascii_only=False)
     start = data.draw(st.integers(0, len(text)))
     end = min(len(text), start + data.draw(st.sampled_from([0, 1, 1, 2, 10, 10_000])))
