@@ -257,11 +257,11 @@ class Things:
         assert done.returncode == 0, done.stderr
         return done.stderr
 
-    def refused(self, *records: tuple[Any, ...], **settings: Any) -> str:
+    def refused(self, *records: tuple[Any, ...], status: int = 1, **settings: Any) -> str:
         """Runs the program, which must fail and change no row; returns its error."""
         before = self.rows()
         done = self.run(*records, **settings)
-        assert done.returncode == 1, done.stderr
+        assert done.returncode == status, done.stderr
         assert "Traceback" not in done.stderr
         assert self.rows() == before
         return done.stderr[done.stderr.rindex(" ERROR ") :]
@@ -516,7 +516,7 @@ def stage_chunks(chunks: Iterable[Records], folder: Path) -> None:
     config = config_of(THINGS)
     (table,), stager = config.tables, main.Stager(main.Run(config), folder, None)
     for records in chunks:
-        columns = main.no_rows(table)
+        columns = main.Columns(list)
         main.flatten(records, table, columns, main.FieldNames(set))
         stager.write(table, main.to_frame(table, columns))
     stager.end_parts()
@@ -525,8 +525,9 @@ def stage_chunks(chunks: Iterable[Records], folder: Path) -> None:
 def connect(login: dict[str, Any], seconds: int) -> Any:
     """A connection of the program with what a secret holds, for which it tries so long."""
     redshift = replace(config_of(THINGS).redshift, connect_seconds=seconds)
-    credentials = main.Credentials(**{name.lower(): value for name, value in login.items()})
-    return main.connect(redshift, credentials)
+    values = {name.lower(): value for name, value in login.items()}
+    with mock.patch.object(main, "read_credentials", return_value=values):
+        return main.connect(redshift)
 
 
 def is_tried_again(code: str) -> bool:
