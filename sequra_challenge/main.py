@@ -94,9 +94,16 @@ class ConfigError(PipelineError):
     """The configuration is wrong."""
 
     status = 2
+    alerts: Alerts | None = None  # who is told, where that could be read
 
 
-class TransientError(PipelineError):
+class UnavailableError(PipelineError):
+    """The source, AWS or Redshift was away or had too much to do: another run may well succeed."""
+
+    status = os.EX_TEMPFAIL
+
+
+class TransientError(UnavailableError):
     """Redshift was not there, or undid what was asked: asked again it may well do it."""
 
 
@@ -314,7 +321,10 @@ def load_config(path: Path) -> Config:
     headers = expand_headers(config.source.headers, faults)
     role = config.redshift.copy_role or os.environ.get("AWS_ROLE_ARN") or None
     if faults:
-        raise ConfigError("\n  ".join([f"{path} has {len(faults)} fault(s):", *faults]))
+        wrong = ConfigError("\n  ".join([f"{path} has {len(faults)} fault(s):", *faults]))
+        if not any(fault.startswith("alerts") for fault in faults):
+            wrong.alerts = config.alerts
+        raise wrong
     source = replace(config.source, headers=headers)
     return replace(config, source=source, redshift=replace(config.redshift, copy_role=role))
 
@@ -482,13 +492,15 @@ def expand_headers(headers: dict[str, str], faults: list[str]) -> dict[str, str]
 
 
 log = logging.getLogger("sequra_challenge")
-context = {"step": "configuration"}  # what each log line says beside its message: run_id, step
+# What each log line says beside its message; a run adds its run_id.
+context = {"service": "sequra-challenge", "pipeline": "", "step": "configuration"}
+paused = threading.Event()  # while the program waits, and has said so
 warned = MemoryHandler(1000, flushLevel=sys.maxsize)  # keeps the warnings for the alerts
 hidden: set[str] = set()  # what is masked
 
 
 def set_up_log(log_format: str, verbose: bool) -> None:
-    """Logs to standard error; nothing else is shown there: urllib3 warns with whole URLs."""
+    """Logs to standard error, what packages warn of, too; not their logs, which have whole URLs."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # an emoji on a terminal of ASCII
     handler = logging.StreamHandler()
@@ -497,6 +509,8 @@ def set_up_log(log_format: str, verbose: bool) -> None:
     warned.setLevel(logging.WARNING)
     log.addHandler(warned)
     log.propagate = False
+    logging.captureWarnings(True)
+    logging.getLogger("py.warnings").addHandler(handler)
     log.setLevel(logging.DEBUG if verbose else logging.INFO)
 
 
@@ -516,7 +530,7 @@ class LogFormatter(logging.Formatter):
             line: dict[str, Any] = {
                 "timestamp": f"{moment:%Y-%m-%dT%H:%M:%S.%f}"[:-3] + "Z",
                 "level": record.levelname,
-                "message": masked(record.getMessage()),
+                "message": masked(record.getMessage().rstrip()),
                 **context,
                 **getattr(record, "figures", {}),
             }
@@ -524,8 +538,8 @@ class LogFormatter(logging.Formatter):
                 texts = {"message": masked(str(error)), "stack": masked(stack)}
                 line["error"] = {"kind": type(error).__name__, **texts}
             return json.dumps(line)
-        begin = f"{moment:%Y-%m-%dT%H:%M:%SZ} {record.levelname:7} {context['step']}: "
-        text = f"{begin}{record.getMessage()}"
+        begin = f"{moment:%Y-%m-%dT%H:%M:%SZ} {record.levelname:7}"
+        text = f"{begin} {context['pipeline']} {context['step']}: {record.getMessage().rstrip()}"
         return masked(text if isinstance(error, EXPECTED) or not error else f"{text}\n{stack}")
 
 
@@ -573,13 +587,13 @@ def step(name: str, figures: dict[str, Any] | None = None) -> Iterator[dict[str,
 
     def log_figures(prefix: str) -> None:
         logged = figures | {"duration": time.perf_counter_ns() - began}  # in ns, as Datadog has it
-        shown = logged.get("rows", {}) | logged | {"seconds": f"{logged['duration'] / 1e9:.2f}"}
-        texts = (f"{n} {v}" for n, v in shown.items() if n not in ("rows", "duration"))
+        texts = filter(None, starmap(figure_text, logged.items()))
         log.info("%s%s", prefix, ", ".join(texts), extra={"figures": logged})
 
     def log_progress() -> None:
         while not done.wait(PROGRESS_SECONDS):
-            log_figures("so far ")
+            if not paused.is_set():
+                log_figures("so far ")
 
     threading.Thread(target=log_progress, daemon=True).start()
     try:
@@ -593,6 +607,24 @@ def step(name: str, figures: dict[str, Any] | None = None) -> Iterator[dict[str,
     finally:
         done.set()
     log_figures("")
+
+
+UNITS = {"bytes": ("MB", 1e6), "duration": ("seconds", 1e9)}  # for people
+
+
+def figure_text(name: str, value: Any) -> str:
+    """A figure for people: "MB 0.07" of bytes, "seconds 0.10" of a duration."""
+    if name == "rows":
+        return ", ".join(f"{table} {rows}" for table, rows in value.items())
+    unit, size = UNITS.get(name, (name, 0))
+    return f"{unit} {value / size:.2f}" if size else f"{unit} {value}"
+
+
+def pause(seconds: float) -> None:
+    """Waits, as the log has just said, which needs no lines of progress."""
+    paused.set()
+    time.sleep(seconds)
+    paused.clear()
 
 
 # --- extract ------------------------------------------------------------------------------------
@@ -678,23 +710,29 @@ def download(
                 with contextlib.suppress(urllib3.exceptions.InvalidHeader, ValueError):
                     wait = urllib3.Retry().get_retry_after(response.raw) or wait
                 response.raise_for_status()
+                length = response.raw.length_remaining if "pages" not in figures else None
                 with target.open("wb") as file:
                     for chunk in response.iter_content(1 << 16):
                         file.write(chunk)
                         figures["bytes"] = before + file.tell()
+                        if length:
+                            figures["percent"] = 100 * response.raw.tell() // length
+                figures.pop("percent", None)
                 return
         except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError) as error:
             reason, status, may_pass = error_text(error), http_status(error), is_transient(error)
         failures += status != 429
         if failures == HTTP_TRIES or not may_pass:
-            raise PipelineError(f"GET {public_url(url)}: {reason}, attempt {tries}")
+            kind = UnavailableError if may_pass else PipelineError
+            raise kind(f"GET {public_url(url)}: {reason}, attempt {tries}")
         at = datetime.now(UTC) + timedelta(seconds=wait)
         again = f"again in {wait:.1f} s, at {at:%H:%M:%SZ}"
         if time.monotonic() + wait > give_up:
             limit = f"source.max_wait, {max_wait} s"
-            raise PipelineError(f"GET {public_url(url)}: {reason}; {again}, would be after {limit}")
+            what = f"GET {public_url(url)}: {reason}"
+            raise UnavailableError(f"gave up: {what}; {again}, would be after {limit}")
         log.warning("%s, trying %s", reason, again)
-        time.sleep(wait)
+        pause(wait)
 
 
 def http_status(error: Exception) -> int | None:
@@ -750,6 +788,7 @@ def download_pages(
     last_page: dict[str, int] = {}  # of the record with a key
     lines: list[tuple[str, int]] = []  # key and page of each
     seen: set[str] = set()
+    figures |= {"pages": 0, "records": 0}
     with (folder / "pages").open("w") as file:
         while url:
             page = len(seen) + 1
@@ -1396,7 +1435,7 @@ class Stager:
             encryption = {"ServerSideEncryption": key}
         threadless = boto3.s3.transfer.TransferConfig(use_threads=False)  # a signal ends it at once
         url = self.run.url(name, file.name)
-        with aws_errors("write", url):
+        with aws_errors("write", url, "stage"):  # which goes on beside the transform
             bucket, path = urlsplit(url).netloc, urlsplit(url).path[1:]
             self._s3.upload_file(str(file), bucket, path, encryption, self._count, threadless)
         self.figures["files"] += 1
@@ -1449,7 +1488,7 @@ def bucket_client(bucket: str) -> Any:
 
 
 @contextlib.contextmanager
-def aws_errors(action: str, resource: str) -> Iterator[None]:
+def aws_errors(action: str, resource: str, of_step: str = "") -> Iterator[None]:
     """Turns what boto3 raises into a PipelineError: what could not be done to what, and as whom."""
     try:
         yield
@@ -1458,10 +1497,21 @@ def aws_errors(action: str, resource: str) -> Iterator[None]:
         botocore.exceptions.ClientError,
         boto3.exceptions.Boto3Error,
     ) as error:
+        context["step"] = of_step or context["step"]
         identity = ""
         with contextlib.suppress(Exception):
             identity = f" as {aws_client('sts').get_caller_identity()['Arn']}"
-        raise PipelineError(f"cannot {action} {resource}{identity}: {error}") from None
+        kind = UnavailableError if aws_is_away(error) else PipelineError
+        raise kind(f"cannot {action} {resource}{identity}: {error}") from None
+
+
+def aws_is_away(error: Exception) -> bool:
+    """Whether AWS did not answer, or was too busy, in each of boto3's tries."""
+    cause: Any = root_cause(error)
+    if isinstance(cause, botocore.exceptions.ClientError):
+        status = cause.response["ResponseMetadata"]["HTTPStatusCode"]
+        return status >= 500 or "Throttl" in cause.response["Error"]["Code"]
+    return isinstance(cause, OSError) and not isinstance(cause, ssl.SSLCertVerificationError)
 
 
 # --- load ---------------------------------------------------------------------------------------
@@ -1628,16 +1678,17 @@ def connect(redshift: Redshift) -> Any:
                 application_name="sequra_challenge",
             )
         except Exception as caught:
-            error = redshift_error(caught)
+            error, left = redshift_error(caught), give_up - time.monotonic()
             if error.code == LOGIN_REFUSED and not refused:
                 refused = True
                 continue
-            if not isinstance(error, TransientError) or time.monotonic() + wait > give_up:
+            if not isinstance(error, TransientError) or left <= 0:
                 to = "{host}:{port}, database {database}".format(**login)
-                text = f"cannot connect to Redshift at {to}: {error}"
-                raise PipelineError(text, error.code) from None
+                kind = UnavailableError if isinstance(error, TransientError) else PipelineError
+                raise kind(f"cannot connect to Redshift at {to}: {error}", error.code) from None
+            wait = min(wait, left)
             log.warning("cannot connect: %s, trying again in %.0f s", error, wait)
-            time.sleep(wait)
+            pause(wait)
             wait = min(wait * 2, 15)
         else:
             # The driver's time-out is for every answer, COPY's too.
@@ -1924,10 +1975,22 @@ def channels(alerts: Alerts, event: str) -> dict[str, str]:
     return {name: target for name, target in found.items() if target}
 
 
-def send(to: dict[str, str], first: str, lines: list[str]) -> dict[str, str]:
-    """Sends a message, with its first line apart; returns for each channel what failed, or ""."""
+def tell(alerts: Alerts, event: str, what: str, lines: list[str]) -> None:
+    """Tells all who hear of the event, which never changes how the run ended."""
+    ended = "succeeded" if event == "success" else "failed"
+    subject = f"{context['pipeline']} {ended} on {socket.gethostname()}"
+    subject += f": {context['step']}" * (event == "failure")
+    context["step"] = "alerts"
+    text = "\n".join([f"{subject}: {what}", *lines])
+    for channel, failure in send(channels(alerts, event), event, subject, text).items():
+        if failure:
+            log.warning("%s: %s", channel, failure)
+
+
+def send(to: dict[str, str], event: str, subject: str, text: str) -> dict[str, str]:
+    """Sends a message; returns for each channel what failed, or ""."""
     senders = {"slack": send_slack, "sns": send_sns, "heartbeat": send_heartbeat}
-    message = masked(first), [*map(masked, lines)]
+    message = event, masked(subject), masked(text)
     calls = {name: partial(senders[name], target, *message) for name, target in to.items()}
     errors = in_time(calls, ALERT_SECONDS / 2)
     return {name: masked(error_text(error)) if error else "" for name, error in errors.items()}
@@ -1950,7 +2013,7 @@ def in_time(calls: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str,
     return results
 
 
-def send_slack(secret: str, first: str, lines: list[str]) -> None:
+def send_slack(secret: str, event: str, _subject: str, text: str) -> None:
     """Posts a message to the incoming webhook whose URL is the secret, or its URL as JSON."""
     url = read_secret(secret)
     with contextlib.suppress(ValueError, AttributeError):
@@ -1958,24 +2021,26 @@ def send_slack(secret: str, first: str, lines: list[str]) -> None:
     if not re.match("https?://", url):
         raise PipelineError(f"the secret {secret} holds no URL")
     hide(url, urlsplit(url).path)
-    shown = [html.escape(text, quote=False)[:2900] for text in (first, "\n".join(lines)) if text]
-    texts = [re.sub(r"&\w*$", "…", text) for text in shown]  # not half a character
-    blocks = [{"type": "section", "text": {"type": "mrkdwn", "text": text}} for text in texts]
+    icon = {"success": "✅ ", "failure": "❌ "}.get(event, "")
+    first, _, others = text.partition("\n")
+    shown = [html.escape(part, quote=False)[:2900] for part in (icon + first, others) if part]
+    texts = [re.sub(r"&\w*$", "…", part) for part in shown]  # not half a character
+    blocks = [{"type": "section", "text": {"type": "mrkdwn", "text": part}} for part in texts]
     message = {"text": texts[0], "blocks": blocks}
     with http_session({}) as session:
         session.post(url, json=message, timeout=ALERT_SECONDS).raise_for_status()
 
 
-def send_sns(topic: str, first: str, lines: list[str]) -> None:
+def send_sns(topic: str, _event: str, subject: str, text: str) -> None:
     """Publishes a message to the topic, in the topic's region."""
-    subject = re.sub(r"[^ -~]+", "?", first)[:100]  # what SNS takes
+    subject = re.sub(r"[^ -~]+", "?", subject)[:100]  # what SNS takes
     with aws_errors("publish to", topic):
         sns = aws_client("sns", topic.split(":")[3])
-        message = "\n".join([first, *lines]).encode()[:250_000].decode(errors="ignore")
+        message = text.encode()[:250_000].decode(errors="ignore")
         sns.publish(TopicArn=topic, Subject=subject, Message=message)
 
 
-def send_heartbeat(url: str, _first: str, _lines: list[str]) -> None:
+def send_heartbeat(url: str, _event: str, _subject: str, _text: str) -> None:
     """Tells a dead man's switch that all is well."""
     with http_session({}) as session:
         session.get(url, timeout=ALERT_SECONDS).raise_for_status()
@@ -2010,26 +2075,26 @@ def run_pipeline(config: Config, dry_run: bool = False, allow_shrink: bool = Fal
     """Runs the pipeline once, tells people how it went, and returns the exit status."""
     run = Run(config, allow_shrink)
     context.update(run_id=run.id, step="run")
+    alerts = Alerts() if dry_run else config.alerts
     event, status, lines = "success", 0, [f"run: {run.id}"]
     try:
-        what = f"succeeded on {socket.gethostname()}: {run_steps(run, dry_run)}"
+        what = run_steps(run, dry_run)
+        lines += [f"took: {run.seconds:.1f} s", *(record.getMessage() for record in warned.buffer)]
     except (Exception, Stopped) as error:
-        reason = str(error) if isinstance(error, EXPECTED) else f"{type(error).__name__}: {error}"
-        log.error("%s", reason, exc_info=True)
         event, status = "failure", getattr(error, "status", 1)
-        what = f"failed on {socket.gethostname()}: {context['step']}: {reason}"
-    context["step"] = "alerts"
-    to = {} if dry_run else channels(config.alerts, event)
-    if to:
-        lines.append(f"took: {run.seconds:.1f} s")
-        if event == "success":
-            lines += [record.getMessage() for record in warned.buffer]
-        else:
-            lines += [f"rows so far: {rows_text(run, {}) or 'none'}", *tables_now(config)]
-    for channel, failure in send(to, f"{config.name} {what}", lines).items():
-        if failure:
-            log.warning("%s: %s", channel, failure)
+        what = log_failure(error, duration=round(run.seconds * 1e9))
+        staged = f"staged, not loaded: {rows_text(run, {}) or 'none'}"
+        lines += [f"took: {run.seconds:.1f} s", staged]
+        lines += tables_now(config) if channels(alerts, event) else []
+    tell(alerts, event, what, lines)
     return status
+
+
+def log_failure(error: BaseException, **figures: Any) -> str:
+    """Logs the error that ended the run, and returns it as alerts show it."""
+    reason = str(error) if isinstance(error, EXPECTED) else f"{type(error).__name__}: {error}"
+    log.error("%s", reason, exc_info=error, extra={"figures": {"outcome": "failure"} | figures})
+    return reason
 
 
 def run_steps(run: Run, dry_run: bool) -> str:
@@ -2066,8 +2131,13 @@ def run_steps(run: Run, dry_run: bool) -> str:
             changes = load(run, s3.meta.region_name, lineage)
             figures["tables"] = len(changes)
         context["step"] = "run"
-        log.info("done: %s, %.1f s", rows_text(run, changes), run.seconds)
-        return rows_text(run, changes)
+        rows = dict(run.rows) | {name: after for name, (_, after) in changes.items()}
+        difference = {name: after - before for name, (before, after) in changes.items()}
+        figures = {"outcome": "success", "rows": rows, "difference": difference}
+        figures["duration"] = round(run.seconds * 1e9)
+        done = rows_text(run, changes)
+        log.info("done: %s, %.1f s", done, run.seconds, extra={"figures": figures})
+        return done
 
 
 def remove(folder: Path) -> None:
@@ -2134,9 +2204,13 @@ def stoppable() -> Iterator[None]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the program and returns its exit status: 0 done, 1 failed, 2 wrong configuration."""
+    """Runs the program and returns its exit status.
+
+    0 done, 1 failed, 2 wrong configuration, 75 failed for what may mend itself, 128 and the signal.
+    """
     options = parse_arguments(arguments)
     set_up_log(options.log_format, options.verbose)
+    context["pipeline"] = options.config.stem
     # Until there is something to undo a signal just ends the program: in an import, which may
     # swallow what a handler raises, too.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -2150,8 +2224,12 @@ def main(arguments: list[str] | None = None) -> int:
         if options.test_alerts:
             return test_alerts(config)
         return run_pipeline(config, options.dry_run, options.allow_shrink)
-    except Exception as error:
-        log.error("%s", error, exc_info=True)
+    except (Exception, Stopped) as error:
+        reason = log_failure(error)
+        is_tried_out = options.dry_run or options.test_alerts
+        if isinstance(error, ConfigError) and error.alerts and not is_tried_out:
+            import_packages()
+            tell(error.alerts, "failure", reason, [])
         return getattr(error, "status", 1)
 
 
@@ -2175,7 +2253,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 def test_alerts(config: Config) -> int:
     """Sends a test message to every channel, prints how that went, and returns the exit status."""
     what = f"{config.name} on {socket.gethostname()}: a test of its alerts"
-    results = send(channels(config.alerts, "test"), what, [])
+    results = send(channels(config.alerts, "test"), "test", what, what)
     for channel, failure in results.items():
         print(f"{channel}: failed: {failure}" if failure else f"{channel}: sent")
     if not results:

@@ -257,11 +257,11 @@ class Things:
         assert done.returncode == 0, done.stderr
         return done.stderr
 
-    def refused(self, *records: tuple[Any, ...], **settings: Any) -> str:
+    def refused(self, *records: tuple[Any, ...], status: int = 1, **settings: Any) -> str:
         """Runs the program, which must fail and change no row; returns its error."""
         before = self.rows()
         done = self.run(*records, **settings)
-        assert done.returncode == 1, done.stderr
+        assert done.returncode == status, done.stderr
         assert "Traceback" not in done.stderr
         assert self.rows() == before
         return done.stderr[done.stderr.rindex(" ERROR ") :]

@@ -39,7 +39,8 @@ from airflow.sdk.exceptions import AirflowException, AirflowFailException, Airfl
 HOME = Path(os.environ.get("SEQURA_CHALLENGE_HOME", "/opt/sequra-challenge/current"))
 SLACK = os.environ.get("SEQURA_CHALLENGE_SLACK")
 EMAIL = os.environ.get("SEQURA_CHALLENGE_EMAIL")
-EXPECTED = {"ConfigError", "PipelineError", "Stopped"}  # their messages say all
+# Errors of the program whose messages say all.
+EXPECTED = {"ConfigError", "PipelineError", "UnavailableError", "TransientError", "Stopped"}
 TO_STOP = 60  # seconds that a program has to roll back
 
 

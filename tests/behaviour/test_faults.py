@@ -56,7 +56,8 @@ from sandbox import (
 )
 
 ROWS = {LAUNCHES: 30, CORES: 38}  # of the sample
-LOG_LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ (INFO|WARNING|ERROR)\s+(\S.*)")
+LOG_LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ (INFO|WARNING|ERROR)\s+pipeline (\S.*)")
+AWAY = 75  # EX_TEMPFAIL
 KILLED = -signal.SIGKILL
 
 Tables = dict[str, Records]
@@ -348,21 +349,17 @@ def test_s3_fails_for_good(world: World, fault: Answer, says: str) -> None:
     with FlakyProxy(world.sandbox.aws, *[fault] * 10) as proxy:
         done = world.run(AWS_ENDPOINT_URL=proxy.url, patch=IMPATIENT)
         assert proxy.faults == []
-    world.check(done, "old", 1, rf"cannot write s3://{BUCKET}/spacex/\S+ as arn:aws:", says)
+    world.check(done, "old", AWAY, rf"cannot write s3://{BUCKET}/spacex/\S+ as arn:aws:", says)
     world.works()
 
 
-@pytest.mark.parametrize(
-    ("allowed", "step"),
-    [(0, "transform"), (1, "transform"), (2, "stage"), (4, "stage")],
-    ids=["part", "second table", "raw", "manifest"],
-)
-def test_s3_denies(world: World, allowed: int, step: str) -> None:
+@pytest.mark.parametrize("allowed", [0, 1, 2, 4], ids=["part", "second table", "raw", "manifest"])
+def test_s3_denies(world: World, allowed: int) -> None:
     with FlakyProxy(world.sandbox.aws, *[None] * allowed, refusing(403, "AccessDenied")) as proxy:
         done = world.run(AWS_ENDPOINT_URL=proxy.url)
     identity = "arn:aws:sts::123456789012:user/moto"
     url = rf"s3://{BUCKET}/spacex/\S+"
-    says = rf"^{step}: cannot write {url} as {identity}: .*\(AccessDenied\) .* PutObject operation"
+    says = rf"^stage: cannot write {url} as {identity}: .*\(AccessDenied\) .* PutObject operation"
     world.check(done, "old", 1, says)
     assert len(world.sandbox.objects()) >= allowed
 
@@ -466,8 +463,8 @@ def test_redshift_never_comes(world: World, host: str, says: str) -> None:
         world.secret(HOST=host, PORT=port.port)
         done = world.run(*world.config(connect_seconds=2), patch="")
     where = f"load: cannot connect to Redshift at {host}:{port.port}, database {DATABASE}: "
-    world.check(done, "old", 1, where, says)
-    assert len(done.warnings) <= 1  # a busy machine may take all of the two seconds for one try
+    world.check(done, "old", AWAY, where, says)
+    assert len(done.warnings) <= 2  # a busy machine may take all of the two seconds for one try
     world.works()
 
 
@@ -611,7 +608,7 @@ def test_connection_drops_every_time(world: World, index: int) -> None:
     index %= len(world.measured.statements)
     drops = Interruptions(world, [("before", index)] * (TRIES + 2), drop)
     done = world.run()
-    world.check(done, "old", 1, "^load: .*(BrokenPipe|closed|EOF|reset)")
+    world.check(done, "old", AWAY, "^load: .*(BrokenPipe|closed|EOF|reset)")
     assert drops.connections == TRIES + 1  # the last looks whether a commit's answer was lost
     assert len(done.warnings) == TRIES - 1
     world.works()
@@ -718,7 +715,7 @@ def test_serializable_isolation_violation_every_time(world: World) -> None:
 
     world.sandbox.redshift.hook = write
     says = r"^load: DELETE FROM .*: 1023\. Serializable isolation violation"
-    world.check(world.run(), "old", 1, says)
+    world.check(world.run(), "old", AWAY, says)
     assert len(tries) == TRIES
     world.works()
 

@@ -57,11 +57,11 @@ def loaded(sandbox: Sandbox, *arguments: str | Path) -> str:
     return helpers.loaded(sandbox, *arguments).stderr
 
 
-def refused(sandbox: Sandbox, *arguments: str | Path) -> str:
+def refused(sandbox: Sandbox, *arguments: str | Path, status: int = 1) -> str:
     """Runs the program, which must fail and change nothing; returns its log."""
     before = state(sandbox)
     done = sandbox.run(*arguments)
-    assert done.returncode == 1, done.stderr
+    assert done.returncode == status, done.stderr
     assert "Traceback" not in done.stderr
     assert state(sandbox) == before
     return done.stderr
@@ -101,7 +101,7 @@ def as_user(sandbox: Sandbox, *statements: str) -> None:
 
 def altered(log: str) -> list[str]:
     """The ALTER TABLEs in a log."""
-    return re.findall(r"WARNING load: (ALTER TABLE .*)", log)
+    return re.findall(r"WARNING pipeline load: (ALTER TABLE .*)", log)
 
 
 def column_type(sandbox: Sandbox, table: str, column: str) -> tuple[str, int | None] | None:
@@ -308,8 +308,8 @@ def test_extra_columns_stay(sandbox: Sandbox) -> None:
     )
     log = loaded(sandbox)
     assert altered(log) == []
-    assert re.search(rf"WARNING load: {LAUNCHES} also has the columns note, origin", log)
-    assert re.search(rf"WARNING load: {CORES} also has the columns checked", log)
+    assert re.search(rf"WARNING pipeline load: {LAUNCHES} also has the columns note, origin", log)
+    assert re.search(rf"WARNING pipeline load: {CORES} also has the columns checked", log)
     rows = sandbox.query(f"SELECT DISTINCT note, origin FROM {LAUNCHES}")
     assert rows == [{"note": None, "origin": "api"}]
     assert sandbox.query(f"SELECT DISTINCT checked FROM {CORES}") == [{"checked": False}]
@@ -412,7 +412,7 @@ def test_failed_run_leaves_no_row(sandbox: Sandbox, beginning: str) -> None:
             raise DropConnection
 
     sandbox.redshift.hook = cut
-    log = refused(sandbox)
+    log = refused(sandbox, status=75)
     assert len(cuts) == LOAD_TRIES
     assert re.search(rf"load: {beginning}.*…: \S+", error(log))
     assert count(sandbox, AUDIT) == 2

@@ -97,7 +97,7 @@ def test_the_pauses_between_the_tries_grow(things: Things) -> None:
     things.load(("a", 1))
     things.sandbox.redshift.hook, refused = refuse(99, "DELETE", "XX000", CONFLICT)
     done = things.run(("a", 2), options={"patch": "time.sleep = lambda _: None"})
-    assert done.returncode == 1
+    assert done.returncode == 75
     assert len(refused) == LOAD_TRIES
     first, second, third = map(float, re.findall(r"trying again in ([\d.]+) s", done.stderr))
     assert 1 <= first <= 2 <= second <= 4 <= third <= 8
@@ -150,7 +150,7 @@ def test_a_paused_cluster_does_not_stop_the_download(things: Things) -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         set_secret(things, PORT=closed.getsockname()[1])
-        error = things.refused(("a", 1), redshift={"connect_seconds": 0})
+        error = things.refused(("a", 1), status=75, redshift={"connect_seconds": 0})
     assert "load: cannot connect to Redshift" in error
     assert len(things.sandbox.source.requests) == 1
 

@@ -146,7 +146,7 @@ def test_launch_library_is_loaded_and_kept_up_to_date(sandbox: Sandbox) -> None:
     arguments = "--config", LIBRARY_CONFIG, "--source", sandbox.url_of(LIBRARY_CONFIG)
     done = sandbox.run(*arguments)
     assert done.returncode == 0, done.stderr
-    assert "WARNING transform" not in done.stderr  # every field has its column
+    assert "WARNING pipeline transform" not in done.stderr  # every field has its column
     assert len(sandbox.source.requests) == -(-len(launches) // LIBRARY_PAGE) == 3
     for launch in launches:
         body = launch["pad"]["location"]["celestial_body"]

@@ -129,9 +129,9 @@ def test_first_load_creates_the_tables_and_loads_every_value(sandbox: Sandbox) -
     assert_log(
         done,
         rf"run: {RUN_ID} from {sandbox.source.url.partition('?')[0]}",
-        r"extract: bytes 65647, seconds \d+\.\d\d",
+        r"extract: MB 0\.07, seconds \d+\.\d\d",
         r"transform: public.launches 30, public.launch_cores 38, seconds \d+\.\d\d",
-        r"stage: files 5, bytes 2\d{4}, seconds \d+\.\d\d",
+        r"stage: files 5, MB 0\.0\d, seconds \d+\.\d\d",
         r'load: CREATE TABLE IF NOT EXISTS "public"."launches"',
         r'load: CREATE TABLE IF NOT EXISTS "public"."launch_cores"',
         r'load: CREATE TABLE IF NOT EXISTS "public"."etl_runs"',
@@ -155,7 +155,9 @@ def assert_log(done: CompletedProcess[str], *messages: str) -> None:
     lines = done.stderr.splitlines()
     assert len(lines) == len(messages), done.stderr
     for line, message in zip(lines, messages, strict=True):
-        assert re.fullmatch(rf"\d{{4}}-\d\d-\d\dT\d\d:\d\d:\d\dZ INFO    {message}", line), line
+        assert re.fullmatch(
+            rf"\d{{4}}-\d\d-\d\dT\d\d:\d\d:\d\dZ INFO    pipeline {message}", line
+        ), line
 
 
 @pytest.fixture

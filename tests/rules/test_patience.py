@@ -97,13 +97,21 @@ def test_a_certificate_that_nobody_trusts_ends_the_run(
     assert pauses == []
 
 
-def test_pauses_for_redshift_grow_to_a_quarter_of_a_minute(pauses: list[float]) -> None:
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [(104, [1, 2, 4, 8, 15, 15, 15, 15, 15, 14]), (6, [1, 2, 3]), (0, [])],
+    ids=["long", "short", "not at all"],
+)
+def test_pauses_for_redshift_grow_to_a_quarter_of_a_minute(
+    pauses: list[float], seconds: int, expected: list[float]
+) -> None:
+    """The last is as long as is left, and then it is tried once more."""
     with socket.create_server(("127.0.0.1", 0)) as nobody:
         port = nobody.getsockname()[1]
     login = {"HOST": "127.0.0.1", "PORT": port, "DATABASE": "dev", "USER": "u", "PASSWORD": "p"}
     with pytest.raises(PipelineError, match=f"cannot connect to Redshift at 127.0.0.1:{port}"):
-        connect(login, 104)
-    assert pauses == [1, 2, 4, 8, 15, 15, 15, 15, 15]
+        connect(login, seconds)
+    assert pauses == pytest.approx(expected, abs=0.5)
 
 
 def test_a_statement_may_take_longer_than_to_connect(

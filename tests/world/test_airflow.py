@@ -108,13 +108,14 @@ def test_each_pipeline_is_a_task_that_airflow_tries_again_and_reports(
     # What Airflow told, and on which try: neither 404 nor a wrong configuration was tried again.
     told = {text.split("\n")[0]: text for text in chat}
     assert sorted(told) == [
+        "sequra_challenge: away loaded",
         "sequra_challenge: hangs loaded",
         "sequra_challenge: launches loaded",
         "sequra_challenge: missing failed on try 1",
         "sequra_challenge: stopped loaded",
         "sequra_challenge: wrong failed on try 1",
     ], log
-    assert len(chat) == 5
+    assert len(chat) == 6
     assert "public.launches 30 rows" in told["sequra_challenge: launches loaded"]
     assert "404" in told["sequra_challenge: missing failed on try 1"]
     wrong = told["sequra_challenge: wrong failed on try 1"]
@@ -131,8 +132,11 @@ def test_each_pipeline_is_a_task_that_airflow_tries_again_and_reports(
     assert "stopped after 0:00:30: stopped by SIGTERM" in log
     assert re.search(r"\[error +\] GET \S+/missing: HTTP 404", log)
     assert re.search(r"\[info +\] done: public.launches 30 rows", log)
+    assert re.search(r"\[warning +\] heartbeat: ConnectionError", log)
     loaded = sandbox.query("SELECT source, rows_loaded FROM public.etl_runs")
     assert sorted((Path(row["source"]).name, row["rows_loaded"]) for row in loaded) == [
+        ("away", 30),
+        ("away", 38),
         ("hangs", 30),
         ("hangs", 38),
         ("launches", 30),
@@ -154,14 +158,16 @@ def quick_dag(folder: Path) -> Path:
 
 
 def installation(home: Path, url: str) -> Path:
-    """The program as it is installed for Airflow, with five pipelines."""
+    """The program as it is installed for Airflow, with six pipelines."""
     (home / "conf" / "aws").mkdir(parents=True)
     (home / "conf" / "aws" / "stack.yaml").write_text("# no pipeline\n", encoding="utf-8")
     (home / ".venv").symlink_to(sys.prefix)
     (home / "sequra_challenge").symlink_to(ROOT / "sequra_challenge")
-    for name in ("hangs", "launches", "missing", "stopped", "wrong"):
+    for name in ("away", "hangs", "launches", "missing", "stopped", "wrong"):
         address = url.replace("/v5/launches", f"/{name}")
         text = re.sub(r"(?m)^  url: \S+", f"  url: {address}", PIPELINE, count=1)
+        if name == "launches":  # after its end, a warning
+            text = text.replace("heartbeat_url: null", "heartbeat_url: http://127.0.0.1:9/ping")
         if name == "wrong":
             text = text.replace("  bucket: ", "  bucket: B") + '"<!channel>": 1\n'
         (home / "conf" / f"{name}.yaml").write_text(text, encoding="utf-8")
@@ -172,6 +178,8 @@ def serve(sandbox: Sandbox, airflow: int, handler: BaseHTTPRequestHandler) -> No
     """Answers a pipeline's request; while the first to /stopped waits, Airflow gets SIGTERM."""
     if handler.path == "/missing":
         answer(handler, 404)
+    elif handler.path == "/away" and sandbox.source.requests.count("/away") == 1:
+        answer(handler, 429, Retry_After="2000")
     elif handler.path == "/hangs" and sandbox.source.requests.count("/hangs") == 1:
         handler.connection.recv(1)  # returns when the program has gone
     elif handler.path == "/stopped" and sandbox.source.requests.count("/stopped") == 1:

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from helpers import responds
 from sandbox import ROOT, Sandbox, answer
 
 # Run as root: boots the container, in a control group of its own and with none of the services that
@@ -189,7 +190,8 @@ def test_systemd(sandbox: Sandbox, machine: Machine, tmp_path: Path) -> None:
     def succeed(handler: BaseHTTPRequestHandler) -> None:
         answer(handler, 200, sandbox.source.body)
 
-    sandbox.source.answers = [succeed, succeed, succeed, lambda handler: answer(handler, 404)]
+    fails, is_away = responds(404), responds(429, Retry_After="2000")
+    sandbox.source.answers = [succeed, succeed, succeed, fails, is_away, succeed]
     printed = machine(f"""
 ln -sf /usr/share/zoneinfo/Asia/Kolkata /etc/localtime
 sed -i 's/^passwd:.*/passwd: files/' /etc/nsswitch.conf # not every machine has libnss-systemd
@@ -226,17 +228,32 @@ wait_until thrice
 ! systemctl start sequra-challenge@pipeline
 [[ $(systemctl is-failed sequra-challenge@pipeline) == failed ]]
 wait_until grep 404 /run/mail
+
+: one that may mend itself
+sudo systemctl reset-failed sequra-challenge@pipeline
+mkdir /etc/systemd/system/sequra-challenge@.service.d
+printf '[Service]\nRestartSec=1\n' > /etc/systemd/system/sequra-challenge@.service.d/override.conf
+systemctl daemon-reload
+! systemctl start sequra-challenge@pipeline
+four_times() {{ (( $(journal | grep -c Finished) == 4 )); }}
+wait_until four_times
+! grep 429 /run/mail
+
+: and a deploy with a typo, which tells whom the configuration names, and root
+sed -i 's/^  bucket: .*/  bucket: B/' /opt/sequra-challenge/current/conf/pipeline.yaml
+! systemctl start sequra-challenge@pipeline
+wait_until grep staging.bucket /run/mail
 cp /run/mail /test
 journal
 """)
     assert re.search(r"05:30:00 IST .* sequra-challenge@pipeline.timer", printed), printed
     journal = printed.rpartition("+ journalctl")[2]
     assert "sequra-challenge[" in journal
-    _, by_hand, made_up = runs(sandbox)
-    assert (by_hand[0], made_up[0]) == ("pipeline", "pipeline")
-    assert by_hand[1] in journal
-    assert made_up[1] in journal
-    assert sent(sandbox) == [ODD] * 4
+    _, *loaded = runs(sandbox)
+    assert [name for name, _ in loaded] == ["pipeline"] * 3
+    assert [run_id for _, run_id in loaded if run_id not in journal] == []
+    assert journal.count("Scheduled restart job") == 1
+    assert sent(sandbox) == [ODD] * 6
     mail = (tmp_path / "mail").read_text("utf-8")
     assert mail.startswith("To: root\nSubject: sequra-challenge: pipeline failed on ")
     assert "HTTP 404" in mail
