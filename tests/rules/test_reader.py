@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from sequra_challenge import main
+from helpers import READ_CHARACTERS, PipelineError, batches_of, sizes
 
-PIECE = 131_072  # characters, what the program reads at a time
+PIECE = READ_CHARACTERS
 SEEDS = range(8)
 DOCUMENTS = 500  # for each seed
-VALUES = [
+VALUES: list[Any] = [
     None, True, False, 0, -7, 10**19, 1.5, -2e-7, 1e300, "", "a", 'q"\\/\b\n', "é\u2028🚀", "[{,]}",
     [], {}, [1, [2, {"id": [3]}]], {"a": {"b": None}}, [[[]]], [{"id": 1}, {"id": 2}],
 ]  # fmt: skip
@@ -26,13 +26,13 @@ SCRAPS = [
 ]  # fmt: skip
 
 
-def read(path: Path, text: str, piece: int, monkeypatch: pytest.MonkeyPatch) -> str | None:
+def read(path: Path, text: str, piece: int) -> str | None:
     """The records in the text, or None where it is refused."""
     path.write_bytes(text.encode(errors="surrogatepass"))
-    monkeypatch.setattr(main, "READ_CHARACTERS", piece)
     try:
-        return repr([record for batch in main.read_batches(path) for record in batch])
-    except main.PipelineError:
+        with sizes(READ_CHARACTERS=piece):
+            return repr([record for batch in batches_of(path) for record in batch])
+    except PipelineError:
         return None
 
 
@@ -70,7 +70,7 @@ def document(dice: random.Random) -> str:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_mutated_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+def test_mutated_documents(tmp_path: Path, seed: int) -> None:
     dice, met = random.Random(seed), Counter[bool]()
     for _ in range(DOCUMENTS):
         text = document(dice)
@@ -79,15 +79,13 @@ def test_mutated_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed
         wanted = expected(text)
         met[wanted is None] += 1
         for piece in (1, PIECE, *(dice.randint(1, len(text) + 2) for _ in range(3))):
-            got = read(tmp_path / "response", text, piece, monkeypatch)
+            got = read(tmp_path / "response", text, piece)
             assert got == wanted, (text[:300], piece)
     assert min(met[True], met[False]) > DOCUMENTS / 10
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_the_end_of_a_piece_anywhere(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
-) -> None:
+def test_the_end_of_a_piece_anywhere(tmp_path: Path, seed: int) -> None:
     """A long text before the damage, so that pieces as the program reads them end around it."""
     dice, met = random.Random(seed), Counter[bool]()
     for _ in range(DOCUMENTS // 10):
@@ -98,7 +96,7 @@ def test_the_end_of_a_piece_anywhere(
         text = f'[{{"id": "{"x" * long}"}},' + text[1:]
         wanted = expected(text)
         met[wanted is None] += 1
-        assert read(tmp_path / "response", text, PIECE, monkeypatch) == wanted, text[long:]
+        assert read(tmp_path / "response", text, PIECE) == wanted, text[long:]
     assert min(met[True], met[False]) > 2
 
 
@@ -120,22 +118,20 @@ NO_ARRAYS = {
 
 
 @pytest.mark.parametrize("text", NO_ARRAYS.values(), ids=NO_ARRAYS)
-def test_what_is_no_array(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+def test_what_is_no_array(tmp_path: Path, text: str) -> None:
     assert expected(text) is None
     for piece in range(1, len(text) + 2):
         for more in ("", " " * 40, "\n" * piece):
-            assert read(tmp_path / "response", text + more, piece, monkeypatch) is None, piece
+            assert read(tmp_path / "response", text + more, piece) is None, piece
 
 
-def test_what_follows_an_array_that_ends_with_a_piece(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_follows_an_array_that_ends_with_a_piece(tmp_path: Path) -> None:
     """Each record begins otherwise, so that they are decoded one at a time."""
     records: list[dict[str, Any]] = [{f"a{n}": n} for n in range(9)]
     array = json.dumps(records)
     last = json.dumps({"z": "x" * (PIECE - len(array) - len(', {"z": ""}'))})
     text = f"{array[:-1]}, {last}]"
     assert len(text) == PIECE
-    assert read(tmp_path / "response", text, PIECE, monkeypatch) == expected(text) is not None
+    assert read(tmp_path / "response", text, PIECE) == expected(text) is not None
     for more in ("[]", '[{"id":1}]', "x", ",", "]"):
-        assert read(tmp_path / "response", text + more, PIECE, monkeypatch) is None, more
+        assert read(tmp_path / "response", text + more, PIECE) is None, more
