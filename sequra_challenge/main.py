@@ -11,6 +11,7 @@ load, notify, run, main.
 from __future__ import annotations
 
 import argparse
+import base64
 import contextlib
 import errno
 import gc
@@ -49,7 +50,7 @@ from multiprocessing.pool import AsyncResult, ThreadPool
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, ClassVar, TextIO, get_origin, get_type_hints
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urljoin, urlsplit
 
 import yaml
 
@@ -469,7 +470,7 @@ def expand_headers(headers: dict[str, str], faults: list[str]) -> dict[str, str]
     for name, text in headers.items():
         variables = {v: os.environ.get(v, "") for v in re.findall(r"\$\{(\w+)\}", text)}
         sent = re.sub(r"\$\{(\w+)\}", lambda found: os.environ.get(found[1], ""), text)
-        hide(sent, *variables.values())
+        hide(*variables.values())
         for variable in (v for v, value in variables.items() if not value):
             faults.append(f"source.headers.{name}: ${{{variable}}} is not set in the environment")
         if not re.fullmatch(r"[\w-]+: [ -~]*", f"{name}: {sent}", re.ASCII):
@@ -484,7 +485,16 @@ def expand_headers(headers: dict[str, str], faults: list[str]) -> dict[str, str]
 log = logging.getLogger("sequra_challenge")
 context = {"step": "configuration"}  # what each log line says beside its message: run_id, step
 warned = MemoryHandler(1000, flushLevel=sys.maxsize)  # keeps the warnings for the alerts
-hidden: set[str] = set()  # what is masked
+hidden: set[str] = set()  # what is masked, in each way of writing it
+# Scheme; user and password, in which a slash may stand as it is; host and path; query and fragment.
+# A slash may be escaped, as in JSON.
+URL = re.compile(
+    r"""(\b\w+:(?:\\*/){2})(?:([^\s/?#"'<>@]*|[^\s/:@"'<>]+:(?!\d+[/?#])[^\s"'<>@]*)@)?"""
+    r"""([^\s?#"'<>]*)(?:[?#][^\s"'<>]*)?"""
+)
+SECRET_NAME = re.compile(
+    r"((^|[^a-z]|api)key|token|secret|sig(nature)?|password|auth\w*|cookie)$", re.IGNORECASE
+)
 
 
 def set_up_log(log_format: str, verbose: bool) -> None:
@@ -526,25 +536,51 @@ class LogFormatter(logging.Formatter):
             return json.dumps(line)
         begin = f"{moment:%Y-%m-%dT%H:%M:%SZ} {record.levelname:7} {context['step']}: "
         text = f"{begin}{record.getMessage()}"
-        return masked(text if isinstance(error, EXPECTED) or not error else f"{text}\n{stack}")
+        text = text if isinstance(error, EXPECTED) or not error else f"{text}\n{stack}"
+        return escaped(masked(text))
 
 
 def hide(*values: str) -> None:
-    """Has these texts masked in every log line and alert, though none should get there."""
-    hidden.update(value for value in values if len(value) > 7)
+    """Has these texts masked wherever something is shown, also as URLs and JSON write them."""
+    for value in filter(re.compile(r"\w").search, values):
+        forms = {value, quote(value, safe="", errors="replace")}
+        for _ in "a server sends JSON", "and we show its text as JSON":
+            forms |= {form.replace("/", r"\/") for form in forms}
+            forms |= {
+                json.dumps(form, ensure_ascii=a)[1:-1] for form in forms for a in (True, False)
+            }
+        hidden.update(forms)
+
+
+def hide_credentials(url: str, headers: dict[str, str]) -> None:
+    """Hides user and password of a URL, and what by its name is secret: parameters, headers."""
+    if (found := URL.match(url)) and found[2]:
+        user_password = unquote(found[2])
+        encoded = base64.b64encode(user_password.encode()).decode()
+        hide(found[2], encoded, *found[2].split(":", 1), *user_password.split(":", 1))
+    for name, value in chain(parse_qsl(url.partition("?")[2]), headers.items()):
+        if SECRET_NAME.search(name) and len(value) > 3:
+            hide(value, *value.split()[-1:])  # the token behind "Bearer"
 
 
 def masked(text: str) -> str:
-    """The text without what is secret in it."""
-    for secret in hidden:
-        text = text.replace(secret, "***")
-    return text
+    """The text without what is hidden, and with the host and path of URLs only."""
+    for secret in sorted(hidden, key=len, reverse=True):
+        pattern = re.escape(secret) if len(secret) > 3 else rf"\b{re.escape(secret)}\b"
+        text = re.sub(pattern, "***", text)
+    return URL.sub(r"\1\3", text)
+
+
+def escaped(text: str) -> str:
+    """The text with escapes for what could command a terminal or look like another line."""
+    escape = re.compile(r"[^\n -~]").sub
+    return escape(lambda c: c[0] if c[0].isprintable() else ascii(c[0])[1:-1], text)
 
 
 def print_lines(*lines: str) -> None:
     """Prints to standard output, of which nobody has to read all: ``--dry-run | head -1``."""
     try:
-        print(*lines, sep="\n", flush=True)
+        print(*map(escaped, lines), sep="\n", flush=True)
     except BrokenPipeError:  # which Python would meet again, when it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -560,7 +596,12 @@ def shorten(value: Any, length: int = 80) -> str:
         text = text if text.isprintable() else json.dumps(value, default=default)
     except (TypeError, ValueError, RecursionError):
         text = f"a deeply nested {type(value).__name__}"
-    text = str(value) if isinstance(value, Decimal) else text
+    return cut(str(value) if isinstance(value, Decimal) else text, length)
+
+
+def cut(text: str, length: int) -> str:
+    """The beginning of a text, masked before it is cut: half a secret would not be known."""
+    text = masked(text)
     return text if len(text) <= length else text[:length] + "…"
 
 
@@ -785,7 +826,7 @@ def read_page(source: Source, url: str, file: Path) -> tuple[list[Any], str]:
     """The records in one answer, and the URL of the next page, which is "" after the last."""
 
     def error(what: str) -> PipelineError:
-        return PipelineError(f"GET {public_url(url)}: {what}")
+        return PipelineError(f"GET {masked(url)}: {what}")
 
     text = b""
     try:
@@ -840,7 +881,7 @@ def read_records(path: Path) -> Iterator[list[dict[str, Any]]]:
                         raise PipelineError(f"record {count} is not an object: {shorten(element)}")
                 yield elements
     except json.JSONDecodeError as error:
-        near = shorten(error.doc[max(0, error.pos - 40) : error.pos + 40])
+        near = shorten(masked(error.doc[: error.pos])[-40:] + masked(error.doc[error.pos :])[:40])
         raise PipelineError(f"not JSON after record {count}: {error.msg}, near {near}") from None
     except UNREADABLE as error:
         raise PipelineError(f"not readable after record {count}: {error}") from None
@@ -1928,7 +1969,7 @@ def channels(alerts: Alerts, event: str) -> dict[str, str]:
 def send(to: dict[str, str], first: str, lines: list[str]) -> dict[str, str]:
     """Sends a message, with its first line apart; returns for each channel what failed, or ""."""
     senders = {"slack": send_slack, "sns": send_sns, "heartbeat": send_heartbeat}
-    message = masked(first), [*map(masked, lines)]
+    message = escaped(masked(first)), [escaped(masked(line)) for line in lines]
     calls = {name: partial(senders[name], target, *message) for name, target in to.items()}
     errors = in_time(calls, ALERT_SECONDS / 2)
     return {name: masked(error_text(error)) if error else "" for name, error in errors.items()}
