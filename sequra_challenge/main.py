@@ -11,6 +11,7 @@ load, notify, run, main.
 from __future__ import annotations
 
 import argparse
+import base64
 import contextlib
 import errno
 import gc
@@ -49,7 +50,7 @@ from multiprocessing.pool import AsyncResult, ThreadPool
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, ClassVar, TextIO, get_origin, get_type_hints
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urljoin, urlsplit
 
 import yaml
 
@@ -170,6 +171,7 @@ class Source:
     next: str = setting(PATH, "")
     max_pages: int = setting(r"[1-9]\d{0,6}", 1000)
     max_wait: int = setting(r"\d{1,5}", 900)  # seconds
+    answer_seconds: int = setting(r"[1-9]\d{0,5}", 3600)
     headers: dict[str, str] = setting(r"[^\r\n]+")  # noqa: RUF009
 
 
@@ -479,7 +481,7 @@ def expand_headers(headers: dict[str, str], faults: list[str]) -> dict[str, str]
     for name, text in headers.items():
         variables = {v: os.environ.get(v, "") for v in re.findall(r"\$\{(\w+)\}", text)}
         sent = re.sub(r"\$\{(\w+)\}", lambda found: os.environ.get(found[1], ""), text)
-        hide(sent, *variables.values())
+        hide(*variables.values())
         for variable in (v for v, value in variables.items() if not value):
             faults.append(f"source.headers.{name}: ${{{variable}}} is not set in the environment")
         if not re.fullmatch(r"[\w-]+: [ -~]*", f"{name}: {sent}", re.ASCII):
@@ -496,7 +498,16 @@ log = logging.getLogger("sequra_challenge")
 context = {"service": "sequra-challenge", "pipeline": "", "step": "configuration"}
 paused = threading.Event()  # while the program waits, and has said so
 warned = MemoryHandler(1000, flushLevel=sys.maxsize)  # keeps the warnings for the alerts
-hidden: set[str] = set()  # what is masked
+hidden: set[str] = set()  # what is masked, in each way of writing it
+# Scheme; user and password, in which a slash may stand as it is; host and path; query and fragment.
+# A slash may be escaped, as in JSON.
+URL = re.compile(
+    r"""(\b\w+:(?:\\*/){2})(?:([^\s/?#"'<>@]*|[^\s/:@"'<>]+:(?!\d+[/?#])[^\s"'<>@]*)@)?"""
+    r"""([^\s?#"'<>]*)(?:[?#][^\s"'<>]*)?"""
+)
+SECRET_NAME = re.compile(
+    r"((^|[^a-z]|api)key|token|secret|sig(nature)?|password|auth\w*|cookie)$", re.IGNORECASE
+)
 
 
 def set_up_log(log_format: str, verbose: bool) -> None:
@@ -540,25 +551,51 @@ class LogFormatter(logging.Formatter):
             return json.dumps(line)
         begin = f"{moment:%Y-%m-%dT%H:%M:%SZ} {record.levelname:7}"
         text = f"{begin} {context['pipeline']} {context['step']}: {record.getMessage().rstrip()}"
-        return masked(text if isinstance(error, EXPECTED) or not error else f"{text}\n{stack}")
+        text = text if isinstance(error, EXPECTED) or not error else f"{text}\n{stack}"
+        return escaped(masked(text))
 
 
 def hide(*values: str) -> None:
-    """Has these texts masked in every log line and alert, though none should get there."""
-    hidden.update(value for value in values if len(value) > 7)
+    """Has these texts masked wherever something is shown, also as URLs and JSON write them."""
+    for value in filter(re.compile(r"\w").search, values):
+        forms = {value, quote(value, safe="", errors="replace")}
+        for _ in "a server sends JSON", "and we show its text as JSON":
+            forms |= {form.replace("/", r"\/") for form in forms}
+            forms |= {
+                json.dumps(form, ensure_ascii=a)[1:-1] for form in forms for a in (True, False)
+            }
+        hidden.update(forms)
+
+
+def hide_credentials(url: str, headers: dict[str, str]) -> None:
+    """Hides user and password of a URL, and what by its name is secret: parameters, headers."""
+    if (found := URL.match(url)) and found[2]:
+        user_password = unquote(found[2])
+        encoded = base64.b64encode(user_password.encode()).decode()
+        hide(found[2], encoded, *found[2].split(":", 1), *user_password.split(":", 1))
+    for name, value in chain(parse_qsl(url.partition("?")[2]), headers.items()):
+        if SECRET_NAME.search(name) and len(value) > 3:
+            hide(value, *value.split()[-1:])  # the token behind "Bearer"
 
 
 def masked(text: str) -> str:
-    """The text without what is secret in it."""
-    for secret in hidden:
-        text = text.replace(secret, "***")
-    return text
+    """The text without what is hidden, and with the host and path of URLs only."""
+    for secret in sorted(hidden, key=len, reverse=True):
+        pattern = re.escape(secret) if len(secret) > 3 else rf"\b{re.escape(secret)}\b"
+        text = re.sub(pattern, "***", text)
+    return URL.sub(r"\1\3", text)
+
+
+def escaped(text: str) -> str:
+    """The text with escapes for what could command a terminal or look like another line."""
+    escape = re.compile(r"[^\n -~]").sub
+    return escape(lambda c: c[0] if c[0].isprintable() else ascii(c[0])[1:-1], text)
 
 
 def print_lines(*lines: str) -> None:
     """Prints to standard output, of which nobody has to read all: ``--dry-run | head -1``."""
     try:
-        print(*lines, sep="\n", flush=True)
+        print(*map(escaped, lines), sep="\n", flush=True)
     except BrokenPipeError:  # which Python would meet again, when it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -574,7 +611,12 @@ def shorten(value: Any, length: int = 80) -> str:
         text = text if text.isprintable() else json.dumps(value, default=default)
     except (TypeError, ValueError, RecursionError):
         text = f"a deeply nested {type(value).__name__}"
-    text = str(value) if isinstance(value, Decimal) else text
+    return cut(str(value) if isinstance(value, Decimal) else text, length)
+
+
+def cut(text: str, length: int) -> str:
+    """The beginning of a text, masked before it is cut: half a secret would not be known."""
+    text = masked(text)
     return text if len(text) <= length else text[:length] + "…"
 
 
@@ -631,108 +673,179 @@ def pause(seconds: float) -> None:
 
 
 WHITESPACE = " \t\r\n"  # of JSON
+BROKEN_GZIP = EOFError, gzip.BadGzipFile, zlib.error
 # What reading JSON raises: for a number of 5,000 digits, an exponent of 20, deep brackets, bytes
 # that are not UTF-8, a gzip file that is damaged or ends early.
 UNREADABLE = (ValueError, ArithmeticError, RecursionError, EOFError, OSError, zlib.error)
 
 
-def public_url(url: str) -> str:
-    """The URL without what may be secret in it: user, password, query and fragment."""
-    try:
-        parts = urlsplit(url)
-    except ValueError as error:
-        raise PipelineError(f"the source is not a URL: {error}") from None
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
-
-
 def extract(config: Config, folder: Path, figures: dict[str, Any]) -> Path:
     """Fetches the source (http, https, s3 or a local file) and returns the file that holds it."""
-    url, target = config.source.url, folder / "response"
-    parts = urlsplit(url)
-    if parts.scheme in ("http", "https"):
-        with http_session(config.source.headers) as session:
-            if config.source.records or config.source.next:
+    source, target = config.source, folder / "response"
+    scheme, _, rest = source.url.partition("://")
+    hide_credentials(source.url, source.headers)
+    if scheme.lower() in ("http", "https"):
+        absolute_url("", source.url, "source.url")
+        with http_session(source.headers) as session:
+            if source.records or source.next:
                 return download_pages(session, config, folder, figures)
-            download(session, url, target, config.source.max_wait, figures)
-    elif parts.scheme == "s3":
-        with aws_errors("read", url):
-            aws_client("s3").download_file(parts.netloc, parts.path.lstrip("/"), str(target))
+            download(session, source.url, target, source, figures)
+    elif scheme == "s3":
+        bucket, _, key = rest.partition("/")
+        with aws_errors("read", source.url):
+            aws_client("s3").download_file(bucket, key, str(target))
     else:
-        target = Path(url).expanduser()
+        target = Path(source.url).expanduser()
         if not target.is_file():
             raise PipelineError(
-                f"the source {public_url(url)} is not a file, nor a URL of http, https or s3"
+                f"the source {masked(source.url)} is not a file, nor a URL of http, https or s3"
             )
     return target
 
 
 def http_session(headers: dict[str, str]) -> requests.Session:
     """A session that sends these headers, but not to another host after a redirect."""
-    session = requests.Session()
-    session.headers.update(headers)
+    session, context = requests.Session(), ssl.create_default_context()
+    session.headers.update({"Accept-Encoding": "gzip"} | headers)
 
-    def drop_headers_elsewhere(response: requests.Response, **_: Any) -> None:
-        location = response.headers.get("Location", "")
-        if is_elsewhere(response.url, urljoin(response.url, location)):
-            for name in headers:
-                response.request.headers.pop(name, None)
+    def check_redirect(response: requests.Response, **_: Any) -> None:
+        if location := session.get_redirect_target(response):
+            url = absolute_url(response.url, location, "a redirect")
+            if response.url.startswith("https:") > url.startswith("https:"):
+                raise PipelineError(
+                    f"{masked(response.url)} redirects to {masked(url)}, without TLS"
+                )
+            if is_elsewhere(response.url, url):
+                for name in headers:
+                    response.request.headers.pop(name, None)
 
-    session.hooks["response"].append(drop_headers_elsewhere)
-    adapter = requests.adapters.HTTPAdapter()
-    # Trusts what OpenSSL does, so also $SSL_CERT_FILE, beside the bundle that requests brings.
-    adapter.init_poolmanager(1, 1, ssl_context=ssl.create_default_context())
-    session.mount("https://", adapter)
+    class Adapter(requests.adapters.HTTPAdapter):
+        """Trusts what OpenSSL does, so also $SSL_CERT_FILE, beside the bundle of requests."""
+
+        def build_connection_pool_key_attributes(self, *arguments: Any) -> Any:
+            host, pool = super().build_connection_pool_key_attributes(*arguments)
+            return host, pool | {"ssl_context": context}
+
+    session.hooks["response"].append(check_redirect)
+    session.mount("https://", Adapter())
     return session
+
+
+def absolute_url(base: str, reference: str, what: str) -> str:
+    r"""The URL that a reference means.
+
+    Raises PipelineError for what is none, and for characters that make parsers disagree: urllib3
+    connects to a for http://a\@b/, urlsplit finds the host b.
+    """
+    with contextlib.suppress(ValueError):
+        url = urljoin(base, reference)
+        if reference.isprintable() and not re.search(r"[\\ ]", reference) and origin(url)[1]:
+            return url
+    rule = "is not a URL, or has a space, a backslash or a control character"
+    raise PipelineError(f"{what} {rule}: {shorten(reference)}")
+
+
+def origin(url: str) -> tuple[str | None, str | None, int | None]:
+    """Scheme, host and port of a URL, as they are for the library that connects."""
+    parts = urllib3.util.parse_url(url)
+    return (
+        parts.scheme,
+        parts.host,
+        parts.port or {"http": 80, "https": 443}.get(parts.scheme or ""),
+    )
 
 
 def is_elsewhere(url: str, other: str) -> bool:
     """Whether what is secret for one URL must not be sent to the other."""
-    redirects = requests.sessions.SessionRedirectMixin()
-    return bool(redirects.should_strip_auth(url, other))  # type: ignore[no-untyped-call]
+    here, there = origin(url), origin(other)
+    gains_tls = (here, there) == (("http", here[1], 80), ("https", here[1], 443))
+    return here != there and not gains_tls
 
 
 def download(
-    session: requests.Session, url: str, target: Path, max_wait: float, figures: dict[str, Any]
+    session: requests.Session, url: str, target: Path, source: Source, figures: dict[str, Any]
 ) -> None:
     """GETs the URL into the file.
 
     Tried again after what Retry-After asks for, else with exponential back-off and jitter:
-    connection errors, time-outs, a body that ends early, 500, 502, 503 and 504 a few times, and
-    429 until ``max_wait`` seconds would have been waited.
+    connection errors, time-outs, a body that ends early, 408 and 5xx a few times, and 429 until
+    ``max_wait`` seconds would have been waited.
     """
-    before = figures.get("bytes", 0)
-    tries, failures, give_up = 0, 0, time.monotonic() + max_wait
+    before, late = figures.get("bytes", 0), f"GET {masked(url)}: no end after source.answer_seconds"
+    tries, failures, give_up = 0, 0, time.monotonic() + source.max_wait
     while True:
         tries += 1
         wait = min(2**tries, 60) * random.uniform(0.5, 1)
         try:
-            with session.get(url, stream=True, timeout=HTTP_TIMEOUT) as response:
-                with contextlib.suppress(urllib3.exceptions.InvalidHeader, ValueError):
+            with (
+                limit_seconds(source.answer_seconds, late),
+                session.get(url, stream=True, timeout=HTTP_TIMEOUT) as response,
+            ):
+                with contextlib.suppress(urllib3.exceptions.HTTPError, ValueError, OverflowError):
                     wait = urllib3.Retry().get_retry_after(response.raw) or wait
-                response.raise_for_status()
+                if response.status_code != 200:
+                    raise requests.HTTPError(response=response)
                 length = response.raw.length_remaining if "pages" not in figures else None
                 with target.open("wb") as file:
-                    for chunk in response.iter_content(1 << 16):
-                        file.write(chunk)
+                    for piece in decoded(response):
+                        file.write(piece)
                         figures["bytes"] = before + file.tell()
                         if length:
                             figures["percent"] = 100 * response.raw.tell() // length
                 figures.pop("percent", None)
-                return
-        except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError) as error:
+            if "next" in response.links and not source.next:
+                log.warning("there are more pages, named in the header Link: set source.next: Link")
+            return
+        except (
+            requests.RequestException,
+            urllib3.exceptions.HTTPError,
+            ValueError,
+            *BROKEN_GZIP,
+        ) as error:
             reason, status, may_pass = error_text(error), http_status(error), is_transient(error)
         failures += status != 429
         if failures == HTTP_TRIES or not may_pass:
             kind = UnavailableError if may_pass else PipelineError
-            raise kind(f"GET {public_url(url)}: {reason}, attempt {tries}")
+            raise kind(f"GET {masked(url)}: {reason}, attempt {tries}")
         at = datetime.now(UTC) + timedelta(seconds=wait)
         again = f"again in {wait:.1f} s, at {at:%H:%M:%SZ}"
         if time.monotonic() + wait > give_up:
-            limit = f"source.max_wait, {max_wait} s"
-            what = f"GET {public_url(url)}: {reason}"
+            limit = f"source.max_wait, {source.max_wait} s"
+            what = f"GET {masked(url)}: {reason}"
             raise UnavailableError(f"gave up: {what}; {again}, would be after {limit}")
         log.warning("%s, trying %s", reason, again)
         pause(wait)
+
+
+@contextlib.contextmanager
+def limit_seconds(seconds: int, what: str) -> Iterator[None]:
+    """Raises PipelineError inside after so long: a source that drips keeps all other time-outs."""
+
+    def end(*_: Any) -> None:
+        raise PipelineError(f"{what}, {seconds} s")
+
+    signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1)  # again, if an except: swallows the first
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def decoded(response: requests.Response) -> Iterator[bytes]:
+    """Yields the body of an answer.
+
+    Gzip is decoded here: urllib3 takes it for whole wherever it breaks off between two blocks.
+    """
+    coding = response.headers.get("Content-Encoding", "").strip().lower()
+    if coding in ("", "identity"):
+        yield from iter(partial(response.raw.read, 1 << 16), b"")
+    elif coding in ("gzip", "x-gzip"):
+        yield from iter(partial(gzip.GzipFile(fileobj=response.raw).read, 1 << 16), b"")
+        if not response.raw.tell():
+            raise EOFError("not even the header of gzip has come")
+    else:
+        raise PipelineError(f"the answer has the coding {shorten(coding)}, not gzip or none")
 
 
 def http_status(error: Exception) -> int | None:
@@ -742,26 +855,23 @@ def http_status(error: Exception) -> int | None:
 
 def is_transient(error: Exception) -> bool:
     """Whether a request that failed may succeed the next time."""
-    is_of_trust = isinstance(root_cause(error), ssl.SSLCertVerificationError)
-    return http_status(error) in (429, 500, 502, 503, 504) or (broke_off(error) and not is_of_trust)
+    if (status := http_status(error)) is not None:
+        return status in (408, 429) or (status >= 500 and status != 501)
+    return broke_off(error) and not isinstance(root_cause(error), ssl.SSLCertVerificationError)
 
 
 def broke_off(error: Exception) -> bool:
     """Whether a request failed on its way, or its answer on its way back."""
-    return isinstance(
-        error,
-        requests.ConnectionError
-        | requests.Timeout
-        | requests.exceptions.ChunkedEncodingError
-        | requests.exceptions.ContentDecodingError,
-    )
+    on_its_way = requests.ConnectionError, requests.Timeout
+    back = urllib3.exceptions.ProtocolError, urllib3.exceptions.TimeoutError, *BROKEN_GZIP
+    return isinstance(error, (*on_its_way, *back))
 
 
 def root_cause(error: BaseException) -> BaseException:
-    """The error that led to this one."""
-    while inner := error.__cause__ or error.__context__:
-        error = inner
-    return error
+    """The error that led to this one; urllib3 wraps some without chaining them."""
+    wrapped = next((argument for argument in error.args if isinstance(argument, Exception)), None)
+    inner = error.__cause__ or error.__context__ or wrapped
+    return root_cause(inner) if inner else error
 
 
 def error_text(error: Exception) -> str:
@@ -799,7 +909,7 @@ def download_pages(
             if is_elsewhere(source.url, url):
                 raise page_error(page, url, "is on another host, or without TLS")
             seen.add(url)
-            download(session, url, folder / "response", source.max_wait, figures)
+            download(session, url, folder / "response", source, figures)
             records, url = read_page(source, url, folder / "response")
             for record in records:
                 if not isinstance(record, dict):
@@ -817,14 +927,14 @@ def download_pages(
 
 def page_error(page: int, url: str, what: str) -> PipelineError:
     """What is wrong with the URL of a page."""
-    return PipelineError(f"page {page}, {public_url(url)}, {what}")
+    return PipelineError(f"page {page}, {masked(url)}, {what}")
 
 
 def read_page(source: Source, url: str, file: Path) -> tuple[list[Any], str]:
     """The records in one answer, and the URL of the next page, which is "" after the last."""
 
     def error(what: str) -> PipelineError:
-        return PipelineError(f"GET {public_url(url)}: {what}")
+        return PipelineError(f"GET {masked(url)}: {what}")
 
     text = b""
     try:
@@ -832,18 +942,30 @@ def read_page(source: Source, url: str, file: Path) -> tuple[list[Any], str]:
             text = body.read()
         page = json.loads(text, parse_float=Decimal)
     except UNREADABLE as unreadable:
-        begins = shorten(text[:200].decode(errors="replace"), 200)
+        begins = shorten(text[:2000].decode(errors="replace"), 200)
         raise error(f"not JSON: {unreadable}, it begins {begins}") from None
     records = dig(page, split_path(source.records))
     if not isinstance(records, list):
         raise error(f"no array at source.records: {shorten(page, 200)}")
-    following = dig(page, split_path(source.next)) if source.next else None
-    try:
-        following = urljoin(url, following) if following else ""
-        urlsplit(following).port  # noqa: B018 - raises ValueError
-        return records, following
-    except (ValueError, TypeError, AttributeError):
-        raise error(f"no URL at source.next: {shorten(following)}") from None
+    following = next_page(source, page) if source.next else None
+    if following in (None, ""):
+        return records, ""
+    if not isinstance(following, str) or not re.match(r"https?://|[/?]", following):
+        raise error(f"no URL at source.next: {shorten(following)}")
+    return records, absolute_url(url, following, "source.next")
+
+
+def next_page(source: Source, page: Any) -> Any:
+    """What an answer has at source.next; null after the last page."""
+    is_optional = source.next.endswith("?") and not source.next.endswith(r"\?")
+    for name in split_path(source.next.removesuffix("?") if is_optional else source.next):
+        if page is not None and (not isinstance(page, dict) or name not in page):
+            if is_optional:
+                return None
+            what = f"no {source.next} (source.next); if the last page leaves it out, write"
+            raise PipelineError(f"the answer has {what} {source.next}?")
+        page = page and page[name]
+    return page
 
 
 MARK = secrets.token_hex(8)  # random, so that it stands in no text of the source
@@ -879,7 +1001,7 @@ def read_records(path: Path) -> Iterator[list[dict[str, Any]]]:
                         raise PipelineError(f"record {count} is not an object: {shorten(element)}")
                 yield elements
     except json.JSONDecodeError as error:
-        near = shorten(error.doc[max(0, error.pos - 40) : error.pos + 40])
+        near = shorten(masked(error.doc[: error.pos])[-40:] + masked(error.doc[error.pos :])[:40])
         raise PipelineError(f"not JSON after record {count}: {error.msg}, near {near}") from None
     except UNREADABLE as error:
         raise PipelineError(f"not readable after record {count}: {error}") from None
@@ -1408,7 +1530,7 @@ class Stager:
             entries = [{"url": url, "mandatory": True} for url in urls]
             manifest.write_text(json.dumps({"entries": entries}, indent=2))
             self._upload(name, manifest)
-        source = public_url(self.run.config.source.url)
+        source = masked(self.run.config.source.url)
         return {"source": source, "raw": self.run.url("raw", raw.name), "sha256": sha256}
 
     def _append(self, table: Table, lines: list[bytes]) -> None:
@@ -1990,7 +2112,7 @@ def tell(alerts: Alerts, event: str, what: str, lines: list[str]) -> None:
 def send(to: dict[str, str], event: str, subject: str, text: str) -> dict[str, str]:
     """Sends a message; returns for each channel what failed, or ""."""
     senders = {"slack": send_slack, "sns": send_sns, "heartbeat": send_heartbeat}
-    message = event, masked(subject), masked(text)
+    message = event, escaped(masked(subject)), escaped(masked(text))
     calls = {name: partial(senders[name], target, *message) for name, target in to.items()}
     errors = in_time(calls, ALERT_SECONDS / 2)
     return {name: masked(error_text(error)) if error else "" for name, error in errors.items()}
@@ -2108,7 +2230,7 @@ def run_steps(run: Run, dry_run: bool) -> str:
         folder = Path(tempfile.gettempdir(), f"sequra-{secrets.token_hex(8)}")
         at_end.callback(remove, folder)
         folder.mkdir(mode=0o700)
-        log.info("%s from %s", run.id, public_url(config.source.url))
+        log.info("%s from %s", run.id, masked(config.source.url))
         if not dry_run:
             context["step"] = "connect"
             check_login(config.redshift)

@@ -8,12 +8,26 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
 
-from helpers import Things, import_packages
-from sandbox import SAMPLE, Sandbox
+from helpers import (
+    Answer,
+    Done,
+    Fetch,
+    Load,
+    Records,
+    Things,
+    arrays_config,
+    fetch_records,
+    forget_hidden,
+    import_packages,
+    load_config,
+    without_pauses,
+)
+from sandbox import SAMPLE, Sandbox, Source
 
 # How many documents tests/rules/test_documents.py makes in all. By default the same ones each time.
 for name, examples in {"default": 500, "ci": 2_000, "nightly": 10_000}.items():
@@ -64,6 +78,58 @@ def things(sandbox: Sandbox, tmp_path: Path) -> Things:
 @pytest.fixture
 def sample() -> Path:
     return SAMPLE
+
+
+@pytest.fixture(autouse=True)
+def nothing_hidden() -> None:
+    """What an earlier test in this process has hidden is shown again."""
+    forget_hidden()
+
+
+@pytest.fixture
+def source() -> Iterator[Source]:
+    with Source() as source:
+        yield source
+
+
+@pytest.fixture
+def fetch(source: Source, tmp_path: Path) -> Fetch:
+    """What the program reads from the source when that gives these answers."""
+
+    def fetch(*answers: Answer, url: str | None = None, **settings: Any) -> Records:
+        source.answers = list(answers)
+        config = load_config(arrays_config(tmp_path, url or source.url, **settings))
+        return fetch_records(config, tmp_path)
+
+    return fetch
+
+
+@pytest.fixture
+def pauses() -> Iterator[list[float]]:
+    """The pauses, which are not made."""
+    with without_pauses() as pauses:
+        yield pauses
+
+
+@pytest.fixture
+def load(sandbox: Sandbox, tmp_path: Path) -> Load:
+    """Runs the program, to which the sandbox's source gives these answers."""
+
+    def load(
+        *answers: Answer,
+        arguments: tuple[str, ...] = (),
+        environment: dict[str, str] | None = None,
+        url: str | None = None,
+        **settings: Any,
+    ) -> Done:
+        sandbox.source.answers = list(answers)
+        url = url or sandbox.source.url
+        config = arrays_config(tmp_path, url, **settings)
+        arguments = arguments if "--source" in arguments else ("--source", url, *arguments)
+        environment = {"TMPDIR": str(tmp_path)} | (environment or {})
+        return sandbox.run("--config", config, *arguments, **environment)
+
+    return load
 
 
 @pytest.fixture(scope="session")

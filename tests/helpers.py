@@ -39,6 +39,8 @@ Answer = Callable[[BaseHTTPRequestHandler], None]
 Done = CompletedProcess[str]
 Record = dict[str, Any]
 Records = list[Record]
+Fetch = Callable[..., Records]
+Load = Callable[..., Done]
 
 LAUNCHES, CORES, AUDIT = "public.launches", "public.launch_cores", "public.etl_runs"
 ROLE = "arn:aws:iam::123456789012:role/loader"
@@ -126,6 +128,11 @@ def things_config(folder: Path, url: str, tables: Any = None, **source: Any) -> 
         "tables": tables or THINGS,
     }
     return write_yaml(folder / "things.yaml", sections)[1]
+
+
+def arrays_config(folder: Path, url: str, **source: Any) -> Path:
+    """A configuration for an API of things whose answers are arrays unless a setting says else."""
+    return things_config(folder, url, **{"records": None, "next": None} | source)
 
 
 # --- documents and sources -----------------------------------------------------------------------
@@ -539,6 +546,16 @@ def run_pipeline(config: Config, url: str) -> int:
     """A run in this process, of a configuration with another URL; gives its exit status."""
     source = replace(config.source, url=url)
     return main.run_pipeline(replace(config, source=source), allow_shrink=True)
+
+
+def forget_hidden() -> None:
+    """Masks nothing any more."""
+    main.hidden.clear()
+
+
+def logged(text: str) -> str:
+    """A text as the log shows it."""
+    return main.escaped(main.masked(text))
 
 
 def shorten(value: Any) -> str:

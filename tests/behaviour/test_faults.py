@@ -313,7 +313,7 @@ def test_source_has_a_malformed_host(world: World, host: str) -> None:
     done = world.run("--source", f"https://user:p4ss@{host}/v5?token=t0ken")
     assert "p4ss" not in done.stderr
     assert "t0ken" not in done.stderr
-    world.check(done, "old", 1, "^(extract: GET|run: the source is not a URL)")
+    world.check(done, "old", 1, "^extract: (GET|source.url is not a URL)")
 
 
 # --- AWS -----------------------------------------------------------------------------------------

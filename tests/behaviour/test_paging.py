@@ -84,7 +84,7 @@ def test_all_pages_are_loaded_archived_and_replayed(sandbox: Sandbox, load: Load
         page(records[:2], f"{url}?page=2"),
         page([], "?page=3"),  # relative to the page it stands on
         page(records[2:4], "/other/things?page=4"),
-        responds(200, b'{"next": "more", "results": [%s]}' % last),
+        responds(200, b'{"next": "/other/more", "results": [%s]}' % last),
         page([], ""),
     )
     assert done.returncode == 0, done.stderr
