@@ -503,7 +503,7 @@ hidden: set[str] = set()  # what is masked, in each way of writing it
 # A slash may be escaped, as in JSON.
 URL = re.compile(
     r"""(\b\w+:(?:\\*/){2})(?:([^\s/?#"'<>@]*|[^\s/:@"'<>]+:(?!\d+[/?#])[^\s"'<>@]*)@)?"""
-    r"""([^\s?#"'<>]*)(?:[?#][^\s"'<>]*)?"""
+    r"""([^\s?#"<>]*)(?:[?#][^\s"<>]*)?"""
 )
 SECRET_NAME = re.compile(
     r"((^|[^a-z]|api)key|token|secret|sig(nature)?|password|auth\w*|cookie)$", re.IGNORECASE

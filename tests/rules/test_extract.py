@@ -105,8 +105,11 @@ WRONG_PAGES: dict[str, tuple[list[Answer], str]] = {
     "no array": ([responds(200, {"detail": "Not here"})], "no array at source.records.*Not here"),
     "object": ([page(things(1), "?2"), responds(200, {"results": {"id": 2}})], "no array"),
     "array alone": ([responds(200, things(1))], "no array at source.records"),
-    "number": ([page(things(1), "?2"), page([7])], "is not an object: 7"),
-    "arrays": ([page([things(1)])], "is not an object"),
+    "number": (
+        [page(things(1), "?2"), responds(200, {"results": [7], "next": None})],
+        "is not an object: 7",
+    ),
+    "arrays": ([responds(200, {"results": [things(1)], "next": None})], "is not an object"),
     "nothing": ([page([], "?2"), page([])], "is empty"),
     "number as next": ([page(things(1), 7)], "source.next.*7"),
     "not found": ([page(things(1), "?2"), responds(404)], "HTTP 404"),
