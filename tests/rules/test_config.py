@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from helpers import REMOVED, ROLE, SECTIONS, ConfigError, changed, load_config, table_of
+from helpers import REMOVED, ROLE, SECTIONS, Config, ConfigError, changed, load_config, table_of
 from sandbox import PIPELINE
 
-LAUNCHES = "tables.public.launches"
-CORES = "tables.public.launch_cores"
+COLUMNS = {
+    "id": "varchar(24) not null",
+    "date_utc": "timestamptz not null",
+    "links.patch.small": "varchar(1024)",
+    "mass": "decimal(10,2)",
+    "ships": "super",
+}
 TABLES: dict[str, Any] = {
     "public.launches": {
         "key": ["id"],
         "mode": "upsert",
         "sort_key": ["date_utc"],
         "dist_key": "id",
-        "columns": {
-            "id": "varchar(24) not null",
-            "date_utc": "timestamptz not null",
-            "links.patch.small": "varchar(1024)",
-            "mass": "decimal(10,2)",
-            "ships": "super",
-        },
+        "columns": COLUMNS,
     },
     "public.launch_cores": {
         "rows": "cores",
@@ -35,9 +35,9 @@ TABLES: dict[str, Any] = {
         "columns": {"launch.id": "varchar(24)", "position": "smallint", "core": "varchar(24)"},
     },
 }
-REQUIRED = [("source", "url"), ("staging", "bucket"), ("redshift", "secret")]
-Change = Callable[[str, Any], Path]
-Write = Callable[[str | bytes], Path]
+VALID = SECTIONS | {"tables": TABLES}
+LAUNCHES, CORES = "tables.public.launches", "tables.public.launch_cores"
+OPEN, ELEMENTS = "tables / public.launches", "tables / public.launch_cores"
 
 
 @pytest.fixture(autouse=True)
@@ -45,38 +45,30 @@ def no_role(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AWS_ROLE_ARN", raising=False)
 
 
-@pytest.fixture
-def write(tmp_path: Path) -> Write:
-    """Writes a configuration and returns its path."""
-
-    def write(content: str | bytes) -> Path:
-        path = tmp_path / "pipeline.yaml"
-        path.write_bytes(content.encode() if isinstance(content, str) else content)
-        return path
-
-    return write
+def read(content: Any) -> Config:
+    """What the program reads from a file with this content: text, bytes, or JSON of the rest."""
+    text = content if isinstance(content, str | bytes) else json.dumps(content)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "pipeline.yaml")
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return load_config(path)
 
 
-@pytest.fixture
-def change(write: Write) -> Change:
-    """Writes the valid configuration with one thing changed: its keys, joined by " / "."""
-
-    def change(at: str, value: Any) -> Path:
-        return write(json.dumps(changed({**SECTIONS, "tables": TABLES}, {at: value})))
-
-    return change
-
-
-def faults(path: Path) -> list[str]:
+def faults(content: Any) -> list[str]:
     with pytest.raises(ConfigError) as refused:
-        load_config(path)
+        read(content)
     first, *rest = str(refused.value).splitlines()
-    assert first == f"{path} has {len(rest)} fault(s):"
+    assert first.endswith(f"/pipeline.yaml has {len(rest)} fault(s):")
     return [line.strip() for line in rest]
 
 
-def test_a_valid_file_is_read(change: Change) -> None:
-    config = load_config(change("staging / kms_key", "alias/loads"))
+def valid_but(at: str, value: Any) -> Any:
+    """The valid configuration with one thing changed: its keys, joined by " / "."""
+    return changed(VALID, {at: value})
+
+
+def test_a_valid_file_is_read() -> None:
+    config = read(valid_but("staging / kms_key", "alias/loads"))
     staging = config.staging
     assert (staging.bucket, staging.prefix, staging.kms_key) == ("bucket", "spacex", "alias/loads")
     assert config.source.url == "https://example.org/v5/launches"
@@ -87,19 +79,11 @@ def test_a_valid_file_is_read(change: Change) -> None:
     assert (launches.rows, launches.parent) == ("", None)
     assert (cores.mode, cores.rows, cores.parent) == ("replace", "cores", "launch")
     assert (cores.key, cores.sort_key, cores.dist_key) == (("launch_id", "position"), (), None)
-    small = launches.columns[2]
-    assert small.path == ("links", "patch", "small")
-    assert (small.name, small.type, small.not_null) == (
-        "links_patch_small",
-        "varchar(1024)",
-        False,
-    )
-    assert launches.columns[0].type == "varchar(24)"
-    assert launches.columns[0].not_null
+    key, _, small, *_ = launches.columns
+    assert (key.type, key.not_null) == ("varchar(24)", True)
+    assert (small.path, small.name) == (("links", "patch", "small"), "links_patch_small")
+    assert (small.type, small.not_null) == ("varchar(1024)", False)
 
-
-OPEN = "tables / public.launches"
-ELEMENTS = "tables / public.launch_cores"
 
 # What is said of a setting: where it stands, and the values that are refused so.
 WRONG: dict[str, list[tuple[str, Any]]] = {
@@ -153,48 +137,52 @@ WRONG: dict[str, list[tuple[str, Any]]] = {
 @pytest.mark.parametrize(
     ("at", "value", "said"), [(*each, said) for said, cases in WRONG.items() for each in cases]
 )
-def test_a_wrong_setting_is_refused(change: Change, at: str, value: Any, said: str) -> None:
+def test_a_wrong_setting_is_refused(at: str, value: Any, said: str) -> None:
     setting = at.replace(" / ", ".") + ": "
-    assert [fault for fault in faults(change(at, value)) if fault.startswith(setting + said)]
+    assert [fault for fault in faults(valid_but(at, value)) if fault.startswith(setting + said)]
+
+
+REQUIRED = ["source.url", "staging.bucket", "redshift.secret"]
 
 
 @pytest.mark.parametrize(
     ("at", "value", "fault"),
     [
-        *((section, REMOVED, f"{section}.{required}: missing") for section, required in REQUIRED),
-        *((section, None, f"{section}.{required}: missing") for section, required in REQUIRED),
+        *((each.partition(".")[0], REMOVED, f"{each}: missing") for each in REQUIRED),
+        *((each.partition(".")[0], None, f"{each}: missing") for each in REQUIRED),
         (OPEN, None, f"{LAUNCHES}.columns: missing"),
         (f"{OPEN} / rows", "cores", f"{LAUNCHES}: rows and parent"),
         (f"{OPEN} / parent", "launch", f"{LAUNCHES}: rows and parent"),
         (f"{ELEMENTS} / parent", REMOVED, f"{CORES}: rows and parent"),
         ("source / headers", {"Key": "${NO}"}, "source.headers.Key: ${NO} is not set"),
+        ("redshift / audit_table", "null", "redshift.audit_table: cannot be null, "),
     ],
 )
-def test_what_does_not_go_together_is_refused(
-    change: Change, at: str, value: Any, fault: str
-) -> None:
-    assert [line for line in faults(change(at, value)) if line.startswith(fault)]
+def test_what_does_not_go_together_is_refused(at: str, value: Any, fault: str) -> None:
+    assert [line for line in faults(valid_but(at, value)) if line.startswith(fault)]
 
 
-def test_a_wrong_type_is_named(change: Change) -> None:
-    path = change("tables / public.launches / columns / id", "strnig")
-    (fault,) = faults(path)
-    assert fault.startswith("tables.public.launches.columns.id: must match (boolean|smallint|")
-    assert fault.endswith(", not 'strnig'")
+WRONG_TYPES: dict[str, list[Any]] = {
+    ": must match (boolean|smallint|": [
+        *("varchar", "varchar(max)", "varchar(-1)", "varchar(٣)", "VARCHAR(24)", "char(24)"),
+        *("text", "int", "float", "decimal", "decimal(5)", "integer null", "integer not  null"),
+        *("integer; drop table x", "strnig", 24, ["integer"], {"type": "integer"}),
+    ],
+    ": varchar takes 1 to 65535": ["varchar(0)", "varchar(65536)"],
+    ": decimal takes 1 to 38": ["decimal(39,2)", "decimal(0,0)"],
+    ": the scale is larger than the precision": ["decimal(5,6)"],
+    ": missing": ["", None],
+}
 
 
 @pytest.mark.parametrize(
-    "wrong",
-    [
-        *("varchar", "varchar(0)", "varchar(65536)", "varchar(max)", "varchar(-1)", "varchar(٣)"),
-        *("VARCHAR(24)", "char(24)", "text", "int", "float", "decimal", "decimal(5)", ""),
-        *("decimal(39,2)", "decimal(5,6)", "decimal(0,0)", "integer null", "integer not  null"),
-        *("integer; drop table x", None, 24, ["integer"], {"type": "integer"}),
-    ],
+    ("wrong", "said"), [(wrong, said) for said, cases in WRONG_TYPES.items() for wrong in cases]
 )
-def test_a_wrong_type_is_refused(change: Change, wrong: Any) -> None:
-    (fault,) = faults(change("tables / public.launches / columns / mass", wrong))
+def test_a_wrong_type_is_refused_and_named(wrong: Any, said: str) -> None:
+    (fault,) = faults(valid_but(f"{OPEN} / columns / mass", wrong))
     assert fault.startswith(f"{LAUNCHES}.columns.mass: ")
+    assert said in fault
+    assert str(wrong or "missing") in fault
 
 
 @pytest.mark.parametrize(
@@ -205,25 +193,25 @@ def test_a_wrong_type_is_refused(change: Change, wrong: Any) -> None:
         "super",
     ],
 )
-def test_every_type_is_accepted(change: Change, type_: str) -> None:
+def test_every_type_is_accepted(type_: str) -> None:
     for suffix in ("", " not null"):
-        config = load_config(change("tables / public.launches / columns / mass", type_ + suffix))
-        column = config.tables[0].columns[3]
+        column = read(valid_but(f"{OPEN} / columns / mass", type_ + suffix)).tables[0].columns[3]
         assert (column.type, column.not_null) == (type_, bool(suffix))
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        *("naïve", "1st", "a" * 128, ".a", "a.", "a..b", "", "_run_id", "_loaded_at", "_run.id"),
-        *("oid", "tableoid", "xmin", "cmin", "xmax", "cmax", "ctid", "insertxid", "deletexid"),
-    ],
-)
-def test_a_name_that_is_no_column_is_refused(change: Change, path: str) -> None:
-    columns = TABLES["public.launches"]["columns"] | {path: "integer"}
-    found = faults(change("tables / public.launches / columns", columns))
-    assert found
-    assert all(fault.startswith(f"{LAUNCHES}.columns.{path}: ") for fault in found)
+@pytest.mark.parametrize("path", ["naïve", "1st", "a" * 128, ".a", "a.", "a..b", ""])
+def test_a_name_that_is_no_column_is_refused(path: str) -> None:
+    (fault,) = faults(valid_but(f"{OPEN} / columns", COLUMNS | {path: "integer"}))
+    assert fault.startswith(f"{LAUNCHES}.columns.{path}: ")
+
+
+def test_names_that_redshift_or_the_load_has_taken_are_refused() -> None:
+    reserved = "oid tableoid xmin cmin xmax cmax ctid insertxid deletexid _run_id _loaded_at"
+    for path in (*reserved.split(), "_run.id"):
+        name = path.replace(".", "_")
+        assert faults(valid_but(f"{OPEN} / columns", COLUMNS | {path: "integer"})) == [
+            f"{LAUNCHES}.columns.{path}: the name {name!r} is reserved"
+        ]
 
 
 NAMES = {
@@ -247,117 +235,100 @@ def test_a_name_is_in_snake_case(path: str) -> None:
     assert table_of({path: "integer"}, NAMES[path]).columns[0].name == NAMES[path]
 
 
-def test_two_names_that_become_one_are_refused(change: Change) -> None:
-    names = dict.fromkeys(("shipTo", "ship.to", "ship_to"), "date")
-    columns = TABLES["public.launches"]["columns"] | names
-    assert faults(change("tables / public.launches / columns", columns)) == [
+def test_two_names_that_become_one_are_refused() -> None:
+    columns = COLUMNS | dict.fromkeys(("shipTo", "ship.to", "ship_to"), "date")
+    assert faults(valid_but(f"{OPEN} / columns", columns)) == [
         f"{LAUNCHES}.columns: 3 paths give 'ship_to': say \"as another_name\""
     ]
 
 
-def test_all_faults_are_in_one_message(write: Write) -> None:
-    path = write(
-        """
+def test_all_faults_are_in_one_message() -> None:
+    found = faults("""
 source: {}
 staging: {bucket: B, prefix: spacex, region: eu-west-1}
 redshift: {secret: redshift/spacex}
-tables:
-  launches:
-    key: nmae
-    columns: {id: strnig, oid: integer}
-"""
-    )
-    found = sorted(fault.partition(": ")[0] for fault in faults(path))
-    assert found == [
-        "source.url",
-        "staging.bucket",
-        "staging.region",
-        "tables.launches",
-        "tables.launches.columns.id",
-        "tables.launches.columns.oid",
-        "tables.launches.key",
+tables: {launches: {key: nmae, columns: {id: strnig, oid: integer}}}
+""")
+    assert sorted(fault.partition(": ")[0] for fault in found) == [
+        *("source.url", "staging.bucket", "staging.region", "tables.launches"),
+        *("tables.launches.columns.id", "tables.launches.columns.oid", "tables.launches.key"),
     ]
 
 
-@pytest.mark.parametrize("content", ["[]", "[source, tables]", "text", "5"])
-def test_a_file_that_is_no_mapping_is_refused(write: Write, content: str) -> None:
-    assert faults(write(content))[0].startswith("the file: must be a mapping")
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        *((content, "the file: must be") for content in ("[]", "[source, tables]", "text", "5")),
+        *((f"source: {odd}", "source: must be") for odd in ("&s [*s]", "[{2020-01-01: a}]")),
+        ("a: 2020-13-45", "a: unknown key"),
+    ],
+)
+def test_a_file_of_another_shape_is_refused(content: str, said: str) -> None:
+    assert faults(content)[0].startswith(said)
 
 
 @pytest.mark.parametrize("content", ["", "# nothing", "null", "~", "{}", "---\n..."])
-def test_an_empty_file_lacks_what_is_required(write: Write, content: str) -> None:
+def test_an_empty_file_lacks_what_is_required(content: str) -> None:
     required = ("source.url", "staging.bucket", "staging.prefix", "redshift.secret", "tables")
-    assert faults(write(content)) == [f"{setting}: missing" for setting in required]
+    assert faults(content) == [f"{setting}: missing" for setting in required]
 
 
 @pytest.mark.parametrize(
     "content",
     [
-        *("source: {url: x", "source: *nowhere", "a: b: c", "\tsource: x", "a: 2020-13-45"),
+        *("source: {url: x", "source: *nowhere", "a: b: c", "\tsource: x"),
         *("a: !!python/object/apply:os.getcwd []", "a: b\n---\na: b", "a: \0", b"\xff\xfe\xff"),
         *(b"source: {url: caf\xe9}", "a: !!int ''", "a: !!timestamp noon", "a: !!bool maybe"),
-        *("? [a]\n: b", "source: &s [*s]", "source: [{2020-01-01: a}]", "[" * 2_000),
+        *("? [a]\n: b", "[" * 2_000),
     ],
 )
-def test_what_is_not_valid_yaml_is_refused(write: Write, content: str | bytes) -> None:
-    path = write(content)
-    with pytest.raises(ConfigError) as refused:
-        load_config(path)
-    assert str(refused.value).startswith(str(path))
+def test_what_is_not_valid_yaml_is_refused(content: str | bytes) -> None:
+    with pytest.raises(ConfigError, match=r"^/.*/pipeline\.yaml: not valid YAML: "):
+        read(content)
 
 
-@pytest.mark.parametrize("again", ["id: integer", '"id": date', "'id' : date"])
-def test_a_key_that_stands_twice_is_refused(write: Write, again: str) -> None:
-    path = write(f"tables:\n  a.b:\n    columns:\n      id: integer\n      {again}\n")
-    with pytest.raises(ConfigError, match="'id' stands twice"):
-        load_config(path)
+TWICE = {
+    "public.a": "public.a: {}\n  public.b: {}\n  public.a: {}",
+    "id": "public.a:\n    columns:\n      id: integer\n      id: integer",
+    "'id'": "public.a: {columns: {id: integer, 'id' : date}}",
+    '"id"': 'public.a: {columns: {id: integer, "id": date}}',
+}
 
 
-def test_a_table_that_stands_twice_is_refused(write: Write) -> None:
-    with pytest.raises(ConfigError, match=r"'public\.a' stands twice"):
-        load_config(write("tables:\n  public.a: {}\n  public.b: {}\n  public.a: {}\n"))
+@pytest.mark.parametrize("again", TWICE)
+def test_a_key_that_stands_twice_is_refused(again: str) -> None:
+    name = again.strip("'\"")
+    with pytest.raises(ConfigError, match=f"'{re.escape(name)}' stands twice"):
+        read(f"tables:\n  {TWICE[again]}\n")
 
 
-def test_a_missing_file_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "nowhere.yaml"
-    with pytest.raises(ConfigError, match=r"nowhere\.yaml: No such file"):
-        load_config(path)
-
-
-def test_a_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="Is a directory"):
-        load_config(tmp_path)
+@pytest.mark.parametrize(
+    ("name", "said"), [("nowhere.yaml", "No such file"), (".", "Is a directory")]
+)
+def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path, name: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{re.escape(str(tmp_path / name))}: {said}"):
+        load_config(tmp_path / name)
 
 
 @pytest.mark.parametrize("name", ["on", "off", "yes", "no", "y", "n", "true", "false"])
-def test_a_word_that_yaml_takes_as_a_boolean_is_a_column(write: Write, name: str) -> None:
-    path = write(
-        f"""
+def test_a_word_that_yaml_takes_as_a_boolean_is_a_column(name: str) -> None:
+    (table,) = read(f"""
 source: {{url: x}}
 staging: {{bucket: bucket, prefix: spacex}}
 redshift: {{secret: s}}
-tables:
-  public.t:
-    key: {name}
-    columns:
-      {name}: integer
-"""
-    )
-    (table,) = load_config(path).tables
+tables: {{public.t: {{key: {name}, columns: {{{name}: integer}}}}}}
+""").tables
     assert (table.key, table.columns[0].path) == ((name,), (name,))
 
 
-def test_a_scalar_is_the_text_that_stands_there(write: Write) -> None:
-    path = write(
-        """
+def test_a_scalar_is_the_text_that_stands_there() -> None:
+    config = read("""
 source: {url: x, max_wait: "007", headers: {X-Version: 1.10, X-Day: 2026-11-22, X-Flag: on}}
 staging: {bucket: 123, prefix: 2026, part_mb: "1"}
 redshift: {secret: s, audit_table: "null.x", connect_seconds: 0}
 alerts: {on: success}
 tables: {public.t: {key: a, columns: {a: date}}}
-"""
-    )
-    config = load_config(path)
+""")
     source, staging, redshift = config.source, config.staging, config.redshift
     assert (staging.bucket, staging.prefix, redshift.audit_table) == ("123", "2026", "null.x")
     assert (source.max_wait, staging.part_mb, redshift.connect_seconds) == (7, 1, 0)
@@ -366,46 +337,29 @@ tables: {public.t: {key: a, columns: {a: date}}}
 
 
 @pytest.mark.parametrize("null", ["", "~", "null", "Null", "NULL"])
-def test_null_is_as_if_the_setting_were_not_there(write: Write, null: str) -> None:
-    path = write(
-        f"""
-source:
-  url: x
-  records: {null}
+def test_null_is_as_if_the_setting_were_not_there(null: str) -> None:
+    config = read(f"""
+source: {{url: x, records: {null}}}
 staging: {{bucket: bucket, prefix: spacex, kms_key: {null}, part_mb: {null}}}
 redshift: {{secret: s, copy_role: {null}}}
 alerts: {null}
 tables:
-  public.t:
-    key: a
-    columns: {{a: date}}
-    rows: {null}
-    parent: {null}
-    sort_key: {null}
-"""
-    )
-    config = load_config(path)
+  public.t: {{key: a, columns: {{a: date}}, rows: {null}, parent: {null}, sort_key: {null}}}
+""")
     assert (config.source.records, config.redshift.copy_role) == ("", None)
     assert (config.staging.kms_key, config.staging.part_mb) == (None, 64)
     assert (config.alerts.on, config.alerts.slack_webhook_secret) == (("failure",), None)
     assert (config.tables[0].rows, config.tables[0].sort_key) == ("", ())
 
 
-def test_the_audit_table_cannot_be_turned_off(change: Change) -> None:
-    (fault,) = faults(change("redshift / audit_table", "null"))
-    assert fault.startswith("redshift.audit_table: cannot be null, ")
-
-
-def test_headers_take_secrets_from_the_environment(
-    change: Change, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_headers_take_secrets_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("API_TOKEN", "t0ken")
-    config = load_config(change("source / headers", {"Authorization": "Bearer ${API_TOKEN}"}))
+    config = read(valid_but("source / headers", {"Authorization": "Bearer ${API_TOKEN}"}))
     assert config.source.headers == {"Authorization": "Bearer t0ken"}
 
 
 @pytest.mark.parametrize(
-    ("configured", "environment", "used"),
+    ("configured", "variable", "used"),
     [
         (None, None, None),
         (None, "", None),
@@ -415,15 +369,11 @@ def test_headers_take_secrets_from_the_environment(
     ],
 )
 def test_the_copy_role(
-    change: Change,
-    monkeypatch: pytest.MonkeyPatch,
-    configured: str | None,
-    environment: str | None,
-    used: str | None,
+    monkeypatch: pytest.MonkeyPatch, configured: Any, variable: str | None, used: str | None
 ) -> None:
-    if environment is not None:
-        monkeypatch.setenv("AWS_ROLE_ARN", environment)
-    assert load_config(change("redshift / copy_role", configured)).redshift.copy_role == used
+    if variable is not None:
+        monkeypatch.setenv("AWS_ROLE_ARN", variable)
+    assert read(valid_but("redshift / copy_role", configured)).redshift.copy_role == used
 
 
 def paths_in(value: Any, at: tuple[str, ...] = ()) -> set[tuple[str, ...]]:
@@ -433,17 +383,7 @@ def paths_in(value: Any, at: tuple[str, ...] = ()) -> set[tuple[str, ...]]:
     return set() if value is None else {at}
 
 
-def test_names_that_redshift_or_the_load_has_taken_are_refused() -> None:
-    names = ["oid", "tableoid", "xmin", "cmin", "xmax", "cmax", "ctid", "insertxid", "deletexid"]
-    names += ["_run_id", "_loaded_at"]
-    with pytest.raises(ConfigError) as caught:
-        table_of(dict.fromkeys(["id", *names], "integer"))
-    assert [n for n in names if f"the name {n!r} is reserved" not in str(caught.value)] == []
-
-
-def test_the_shipped_configuration_is_valid_and_loads_every_field_of_the_sample(
-    sample: Path,
-) -> None:
+def test_the_shipped_configuration_loads_every_field_of_the_sample(sample: Path) -> None:
     launches, cores = load_config(PIPELINE).tables
     records = json.loads(sample.read_text(encoding="utf-8"))
     served = set().union(*map(paths_in, records))

@@ -7,6 +7,7 @@ the program's help.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -17,69 +18,62 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from hypothesis import HealthCheck, assume, given, seed, settings
 from hypothesis import strategies as st
 
-from helpers import Config, PipelineError, Table, load_config, parts_of, shorten, sizes, without_log
+from helpers import (
+    PipelineError,
+    Records,
+    Table,
+    config_of,
+    loaded,
+    parts_of,
+    shipped,
+    shorten,
+    sizes,
+    without_log,
+)
 from sandbox import Sandbox
 
-CONFIG = """
-source: {url: https://localhost/}
-staging: {bucket: my-data-bucket, prefix: spacex}
-redshift: {secret: redshift/spacex}
-tables:
-  public.items:
-    key: [id]
-    columns:
-      id: varchar(24) not null
-      flag: boolean
-      small: smallint
-      whole: integer not null
-      big: bigint
-      single: real
-      number: double precision
-      amount: decimal(10,2)
-      exact: decimal(38,10)
-      title: varchar(40)
-      box.label: varchar(12)
-      box.inner.day: date
-      local: timestamp
-      moment: timestamptz
-      anything: super
-  public.parts:
-    rows: box.parts
-    parent: item
-    key: [item_id, position]
-    min_rows: 0
-    columns:
-      item.id: varchar(24) not null
-      position: integer not null
-      sku: varchar(16) not null
-      size.width: real
-      since: timestamptz
-      tags: super
-  public.codes:
-    rows: codes
-    parent: item
-    key: [item_id, position]
-    min_rows: 0
-    columns: {item.id: varchar(24) not null, position: smallint not null, value: bigint not null}
-"""
+COLUMNS = {
+    "id": "varchar(24) not null",
+    "flag": "boolean",
+    "small": "smallint",
+    "whole": "integer not null",
+    "big": "bigint",
+    "single": "real",
+    "number": "double precision",
+    "amount": "decimal(10,2)",
+    "exact": "decimal(38,10)",
+    "title": "varchar(40)",
+    "box.label": "varchar(12)",
+    "box.inner.day": "date",
+    "local": "timestamp",
+    "moment": "timestamptz",
+    "anything": "super",
+}
+ELEMENT = {"item.id": "varchar(24) not null", "position": "smallint not null"}
+PART = {
+    "sku": "varchar(16) not null",
+    "size.width": "real",
+    "since": "timestamptz",
+    "tags": "super",
+}
+ELEMENTS = {"parent": "item", "key": ["item_id", "position"], "min_rows": 0}
+TABLES: dict[str, Any] = {
+    "public.items": {"key": "id", "columns": COLUMNS},
+    "public.parts": ELEMENTS | {"rows": "box.parts", "columns": ELEMENT | PART},
+    "public.codes": ELEMENTS | {"rows": "codes", "columns": ELEMENT | {"value": "bigint not null"}},
+}
+CONFIG = config_of(TABLES)
 
 
 def share(percent: int) -> settings:
     """So much of the profile's examples: it says how many there are in this file together."""
     return settings(max_examples=settings().max_examples * percent // 100)
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    path = tmp_path_factory.mktemp("documents") / "pipeline.yaml"
-    path.write_text(CONFIG)
-    return load_config(path)
 
 
 @pytest.fixture(autouse=True)
@@ -107,19 +101,12 @@ class Number:
         return Decimal(self.text) if re.search(r"\d", self.text) else None
 
 
-def words(text: str) -> list[str]:
-    return text.split()
-
-
 DEEP = 900  # levels; Python 3.11 reads some 990, later versions thousands
 MISSING = Number("missing")  # in the place of a value: its key is left out
 
 # Lone surrogates, NUL and other controls, what looks like CSV or NULL, combining and wide ones.
-LETTERS = st.one_of(
-    st.sampled_from(
-        "aZ09 ,\"'\\\n\r\t\0\x1f\x7f\x85\xa0éß漢🚀\u0301\u200f\u2028\ufeff\ud83d\ude80\udfff"
-    ),
-    st.characters(),
+LETTERS = st.characters() | st.sampled_from(
+    "aZ09 ,\"'\\\n\r\t\0\x1f\x7f\x85\xa0éß漢🚀\u0301\u200f\u2028\ufeff\ud83d\ude80\udfff"
 )
 WORDS = ["", "NULL", "null", r"\N", "NULL-", "true", "1", "NaN", " ", '"', "é" * 20, "🚀" * 10]
 # Pairs and triples that mean something to a reader of CSV, of JSON or of COPY's text.
@@ -133,6 +120,10 @@ GOOD_LETTERS = st.characters(exclude_categories=["Cs"], exclude_characters="\0")
     ",\"'\\\n\r\t\x1f\x7f\x85\u2028é漢🚀"
 )
 DIGITS = st.text("0123456789", min_size=1, max_size=30)
+
+
+def numbers(text: str) -> st.SearchStrategy[Number]:
+    return st.sampled_from([Number(word) for word in text.split()])
 
 
 def integers(bits: int) -> st.SearchStrategy[Number]:
@@ -160,24 +151,17 @@ def decimals(whole: int, fraction: int) -> st.SearchStrategy[Number]:
     )
 
 
-def floats(width: int) -> st.SearchStrategy[Number]:
-    finite = st.floats(
-        allow_nan=False,
-        allow_infinity=False,
-        allow_subnormal=False,
-        width=64 if width == 64 else 32,
-    )
-    return finite.map(lambda value: Number(repr(value))) | st.sampled_from(
-        [Number(text) for text in ("0", "-0.0", "0e9", "1E5", "1e+05", "0.1", "16777217", "-3")]
+def floats(width: Literal[32, 64]) -> st.SearchStrategy[Number]:
+    finite = {"allow_nan": False, "allow_infinity": False, "allow_subnormal": False}
+    values = st.floats(width=width, **finite)
+    return values.map(lambda value: Number(repr(value))) | numbers(
+        "0 -0.0 0e9 1E5 1e+05 0.1 16777217 -3"
     )
 
 
-ODD_NUMBERS = st.one_of(
-    st.sampled_from(
-        words("""0 -0 1.0 1e0 1e2 32768 -32769 2147483648 9223372036854775808 1e19 3.5e38 -3.5e38
-        1e-38 1.8e308 -1.8e308 1e309 1e-308 5e-324 1e-400 1e400 -1e999999 1e-999999 0.001
-        99999999.99 100000000.00 99999999.995 0.00000000001 NaN Infinity -Infinity""")
-    ),
+ODD_NUMBERS = numbers("""0 -0 1.0 1e0 1e2 32768 -32769 2147483648 9223372036854775808 1e19 3.5e38
+    -3.5e38 1e-38 1.8e308 -1.8e308 1e309 1e-308 5e-324 1e-400 1e400 -1e999999 1e-999999 0.001
+    99999999.99 100000000.00 99999999.995 0.00000000001 NaN Infinity -Infinity""") | st.one_of(
     st.just("9" * 4000),
     DIGITS.map(lambda digits: digits.lstrip("0") or "0"),
     st.builds("0.{}e{}".format, DIGITS, st.integers(-400, 400)),
@@ -199,18 +183,13 @@ def times(offsets: list[str]) -> st.SearchStrategy[str]:
     return st.builds(spell, moments, st.sampled_from("T "), FRACTIONS, st.sampled_from(offsets))
 
 
-ODD_TIMES = st.sampled_from(
-    [
-        *words("""2006-02-29 2006-3-24 20060324 0000-01-01 10000-01-01 0001-01-01T00:00:00+00:01
+ODD_TIME_WORDS = """2006-02-29 2006-3-24 20060324 0000-01-01 10000-01-01 0001-01-01T00:00:00+00:01
     9999-12-31T23:59:59-00:01 2006-03-24T24:00:00Z 2006-03-24T23:59:60Z 2006-03-24T22:30Z
     2006-03-24T22:30:00 2006-03-24T22:30:00z 2006-03-24t22:30:00Z 2006-03-24T22:30:00.1234567Z
     2006-03-24T22:30:00+24:00 2006-03-24T22:30:00+00:60 2006-03-24T22:30:00,5Z 1143239400
-    2006-03-24T22:30:00.Z -2006-03-24 ٢٠٠٦-٠٣-٢٤ 2006-W12-5 now"""),
-        "2006-03-24T22:30:00Z ",
-        "2006-03-24\n",
-        "2006-03-24 22:30:00 +01:00",
-    ]
-)
+    2006-03-24T22:30:00.Z -2006-03-24 ٢٠٠٦-٠٣-٢٤ 2006-W12-5 now"""
+SPACED_TIMES = ["2006-03-24T22:30:00Z ", "2006-03-24\n", "2006-03-24 22:30:00 +01:00"]
+ODD_TIMES = st.sampled_from(ODD_TIME_WORDS.split() + SPACED_TIMES)
 SCALARS = st.none() | st.booleans() | ODD_NUMBERS | TEXTS | ODD_TIMES
 KEYS = st.sampled_from(["", "id", "item", "position", "value", "a.b", "_run_id", " ", "\0", "é"])
 JSON = st.recursive(
@@ -226,9 +205,13 @@ def nested(depth: int, value: Any) -> Any:
     return value
 
 
-GOOD_TEXTS = (
-    st.text(GOOD_LETTERS, max_size=10) | st.lists(PIECES, max_size=3).map("".join)
-).filter(lambda text: len(text.encode()) <= 40)
+def texts(most: int) -> st.SearchStrategy[str]:
+    """Texts of at most so many bytes that a column can hold."""
+    good = st.text(GOOD_LETTERS, max_size=10) | st.lists(PIECES, max_size=3).map("".join)
+    return good.filter(lambda text: len(text.encode()) <= most)
+
+
+GOOD_TEXTS = texts(40)
 GOOD_JSON = st.recursive(
     st.booleans() | GOOD_TEXTS | floats(64) | integers(64) | st.none(),
     lambda inner: (
@@ -254,13 +237,9 @@ def mapping(**values: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any
     return st.builds(clean, st.fixed_dictionaries(values), extra)
 
 
-def short(most: int) -> st.SearchStrategy[str]:
-    return GOOD_TEXTS.filter(lambda text: len(text.encode()) <= most)
-
-
 DAYS = st.dates().map(date.isoformat)
 PARTS = mapping(
-    sku=short(16),
+    sku=texts(16),
     size=maybe(mapping(width=maybe(floats(32)))),
     since=maybe(times(OFFSETS)),
     tags=maybe(GOOD_JSON),
@@ -277,7 +256,7 @@ ITEMS = mapping(
     title=maybe(GOOD_TEXTS),
     box=maybe(
         mapping(
-            label=maybe(short(12)),
+            label=maybe(texts(12)),
             inner=maybe(mapping(day=maybe(DAYS))),
             parts=maybe(st.lists(PARTS, max_size=3)),
         )
@@ -288,9 +267,22 @@ ITEMS = mapping(
     codes=maybe(st.lists(integers(64), max_size=3)),
 )
 
-PLACES = words("""id flag small whole big single number amount exact title box box.label box.inner
-box.inner.day box.parts local moment anything codes""")
-PART_PLACES = words("sku size size.width since tags")
+PLACES = [*COLUMNS, "box", "box.inner", "box.parts", "codes"]
+PLACES += ["box.parts.0", "box.parts.0.size", *(f"box.parts.0.{name}" for name in PART)]
+
+
+def put(target: Any, place: str, value: Any) -> None:
+    """Puts a value into a document, where it has such a place."""
+    *way, last = place.split(".")
+    with contextlib.suppress(LookupError, TypeError, ValueError):
+        for step in way:
+            target = target[int(step) if isinstance(target, list) else step]
+        if isinstance(target, list):
+            target[int(last)] = None if value is MISSING else value
+        elif value is MISSING:
+            del target[last]
+        else:
+            target[last] = value
 
 
 @st.composite
@@ -301,62 +293,32 @@ def documents(draw: st.DrawFn, faults: int = 3) -> list[Any]:
         item["id"] = f"item {number}"
     for _ in range(draw(st.integers(0, faults))):
         number = draw(st.integers(0, len(items) - 1))
-        value = draw(JSON | st.just(MISSING) | st.builds(nested, st.just(2000), st.none()))
-        target, places = items[number], PLACES
-        if not isinstance(target, dict) or draw(st.integers(0, 19)) == 0:
-            items[number] = None if value is MISSING else value  # no object at all, perhaps
-            continue
-        box = target.get("box")
-        parts = box.get("parts") if isinstance(box, dict) else None
-        if isinstance(parts, list) and parts and draw(st.booleans()):
-            index = draw(st.integers(0, len(parts) - 1))
-            if not isinstance(parts[index], dict) or draw(st.integers(0, 9)) == 0:
-                parts[index] = None if value is MISSING else value
-                continue
-            target, places = parts[index], PART_PLACES
-        *way, name = draw(st.sampled_from(places)).split(".")
-        for step in way:
-            target = target.get(step) if isinstance(target, dict) else None
-        if isinstance(target, dict):
-            if name == "id" and (value is None or value is MISSING):
-                continue  # refused by its beginning, not by its key
-            target[name] = value
-            if value is MISSING:
-                del target[name]
-    ids = [written(item["id"]) for item in items if isinstance(item, dict) and "id" in item]
-    assume(len(set(ids)) == len(ids))
-    assume(all(item.get("id") is not None for item in items if isinstance(item, dict)))
+        place = draw(st.sampled_from([f"{number}", *(f"{number}.{place}" for place in PLACES)]))
+        put(items, place, draw(JSON | st.just(MISSING) | st.just(nested(2000, None))))
+    # Without an id it is named by its beginning.
+    ids = [item.get("id") for item in items if isinstance(item, dict)]
+    assume(None not in ids and len(set(map(written, ids))) == len(ids))
     return items
+
+
+MARK = "-number-"  # stands around one until the JSON is made
 
 
 def written(value: Any, ascii_only: bool = True) -> str:
     """A value as JSON. Lone surrogates and controls are always escaped."""
-    # Not recursive: some documents are thousands of levels deep.
-    pieces: list[str] = []
-    stack: list[Any] = [(value,)]
-    while stack:
-        item = stack.pop()
-        if isinstance(item, str):
-            pieces.append(item)
-            continue
-        (item,) = item
-        if isinstance(item, dict):
-            stack.append("}")
-            for position, (name, inner) in reversed(list(enumerate(item.items()))):
-                stack += [(inner,), ":", text_written(name, ascii_only), "," * (position > 0)]
-            pieces.append("{")
-        elif isinstance(item, list):
-            stack.append("]")
-            for position, inner in reversed(list(enumerate(item))):
-                stack += [(inner,), "," * (position > 0)]
-            pieces.append("[")
-        elif isinstance(item, Number):
-            pieces.append(item.text)
-        elif isinstance(item, str):
-            pieces.append(text_written(item, ascii_only))
-        else:
-            pieces.append({None: "null", True: "true", False: "false"}[item])
-    return "".join(pieces)
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(limit + 5_000)  # some documents are thousands of levels deep
+    try:
+        text = json.dumps(
+            value,
+            ensure_ascii=ascii_only,
+            separators=(",", ":"),
+            default=lambda number: f"{MARK}{number.text}{MARK}",
+        )
+    finally:
+        sys.setrecursionlimit(limit)
+    text = text.replace(f'"{MARK}', "").replace(f'{MARK}"', "")
+    return re.sub("[\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def laid_out(document: list[Any], ascii_only: bool, layout: str) -> str:
@@ -369,11 +331,6 @@ def laid_out(document: list[Any], ascii_only: bool, layout: str) -> str:
     return "\n[ " + " ,\r\n\t".join(records) + "\n] "
 
 
-def text_written(text: str, ascii_only: bool) -> str:
-    shown = json.dumps(text, ensure_ascii=ascii_only)
-    return re.sub("[\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", shown)
-
-
 # --- what is expected ----------------------------------------------------------------------------
 
 
@@ -381,9 +338,10 @@ class Refused(Exception):
     """The value is one that its column cannot hold."""
 
 
-def require(fits: object) -> None:
+def require(fits: Any) -> Any:
     if not fits:
         raise Refused
+    return fits
 
 
 def dug(value: Any, path: str) -> Any:
@@ -394,24 +352,18 @@ def dug(value: Any, path: str) -> Any:
     return value
 
 
-FLOAT32_MOST, FLOAT32_LEAST = (
-    struct.unpack("<f", it)[0] for it in (b"\xff\xff\x7f\x7f", b"\0\0\x80\0")
-)
 LIMITS = {
-    "real": (Decimal(FLOAT32_LEAST), Decimal(FLOAT32_MOST)),
-    "double precision": (Decimal(sys.float_info.min), Decimal(sys.float_info.max)),
+    "real": (2.0**-126, (2 - 2.0**-23) * 2.0**127),
+    "double precision": (sys.float_info.min, sys.float_info.max),
 }
 SECOND = re.compile(
-    r"([0-9]{4}-[0-9]{2}-[0-9]{2})[T ]([0-9]{2}:[0-9]{2}:[0-9]{2})(?:\.([0-9]{1,6}))?"
-    r"(?:(Z)|([+-])([0-9]{2})(?::?([0-9]{2}))?)?"
+    r"(\d{4}-\d\d-\d\d)[T ](\d\d:\d\d:\d\d)(?:\.(\d{1,6}))?(?:(Z)|([+-])(\d\d)(?::?(\d\d))?)?",
+    re.ASCII,
 )
 
 
 def moment(text: str, with_offset: bool) -> datetime:
-    match = SECOND.fullmatch(text)
-    require(match)
-    assert match
-    day, clock, fraction, zulu, sign, hours, minutes = match.groups()
+    day, clock, fraction, zulu, sign, hours, minutes = require(SECOND.fullmatch(text)).groups()
     require(with_offset == bool(zulu or sign))
     offset = timedelta(hours=int(hours or 0), minutes=int(minutes or 0))
     require(int(hours or 0) < 24 and int(minutes or 0) < 60)
@@ -428,64 +380,54 @@ def check_text(text: str, most: int) -> str:
     return text
 
 
-def plain(value: Any, depth: int = 0) -> Any:
+def plain(value: Any) -> Any:
     """A value for SUPER as Python has it: a number with a fraction is the nearest double."""
-    require(depth < DEEP)
     if isinstance(value, dict):
-        return {check_text(name, 65_535): plain(it, depth + 1) for name, it in value.items()}
+        return {check_text(name, 65_535): plain(inner) for name, inner in value.items()}
     if isinstance(value, list):
-        return [plain(it, depth + 1) for it in value]
+        return list(map(plain, value))
     if isinstance(value, Number):
-        if value.integer is not None:
-            return value.integer
-        number = float(value.text)
-        require(math.isfinite(number))
+        number = float(value.text) if value.integer is None else value.integer
+        require(isinstance(number, int) or math.isfinite(number))
         return number
     return check_text(value, 65_535) if isinstance(value, str) else value
 
 
-def expected(kind: str, value: Any) -> Any:
+def expected(kind: str, arguments: tuple[int, ...], value: Any) -> Any:
     """What a column holds of a value that is not null. Raises Refused."""
-    name, _, size = kind.partition("(")
-    sizes = [int(text) for text in size.rstrip(")").split(",") if text]
-    if name == "super":
+    if kind == "super":
         return plain(value)
-    if name == "boolean":
+    if kind == "boolean":
         require(isinstance(value, bool))
         return value
-    if name == "varchar":
+    if kind in ("varchar", "date", "timestamp", "timestamptz"):
         require(isinstance(value, str))
-        return check_text(value, sizes[0])
-    if name in ("date", "timestamp", "timestamptz"):
-        require(isinstance(value, str))
-        if name != "date":
-            return moment(value, name == "timestamptz")
-        require(re.fullmatch("[0-9]{4}-[0-9]{2}-[0-9]{2}", value))
+    if kind == "varchar":
+        return check_text(value, arguments[0])
+    if kind == "date":
+        require(re.fullmatch(r"\d{4}-\d\d-\d\d", value, re.ASCII))
         return moment(f"{value}T00:00:00", False).date()
-    if name == "decimal" and isinstance(value, str):
-        require(re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", value))
+    if kind in ("timestamp", "timestamptz"):
+        return moment(value, kind == "timestamptz")
+    if kind == "decimal" and isinstance(value, str):
+        require(re.fullmatch(r"-?\d+(\.\d+)?", value, re.ASCII))
         value = Number(value)
     require(isinstance(value, Number))
-    if name in ("smallint", "integer", "bigint"):
-        limit = 1 << {"smallint": 15, "integer": 31, "bigint": 63}[name]
+    if kind in ("smallint", "integer", "bigint"):
+        limit = 1 << {"smallint": 15, "integer": 31, "bigint": 63}[kind]
         require(value.integer is not None and -limit <= value.integer < limit)
         return value.integer
-    number = value.decimal
+    number: Any = value.decimal
     require(number is not None)
-    assert number is not None
-    if name == "decimal":
-        _, digits, exponent = number.as_tuple()
-        assert isinstance(exponent, int)
-        significant = "".join(map(str, digits)).lstrip("0")
-        exponent += len(significant) - len(significant.rstrip("0"))
-        significant = significant.rstrip("0")
-        require(not significant or (exponent >= -sizes[1]
-                and len(significant) + exponent <= sizes[0] - sizes[1]))  # fmt: skip
-        return number if significant else Decimal(0)
-    least, most = LIMITS[name]
+    if kind == "decimal":
+        precision, scale = arguments
+        require(not number or number.adjusted() < precision - scale)
+        require(Decimal(f"{number:.{scale}f}") == number)
+        return number
+    least, most = LIMITS[kind]
     try:
         nearest = float(value.text) if value.integer is None else float(value.integer)  # -0 is 0
-        nearest = nearest if name == "double precision" else single(nearest)
+        nearest = nearest if kind == "double precision" else single(nearest)
     except OverflowError:
         raise Refused from None
     require(not number or least <= abs(nearest) <= most)
@@ -498,10 +440,7 @@ def single(number: float) -> float:
     return float(nearest)
 
 
-Rows = list[dict[str, Any]]
-
-
-def expected_rows(table: Table, number: int, record: Any) -> Rows:
+def expected_rows(table: Table, record: Any) -> Records:
     """The rows of a table that come from a record. Raises Refused."""
     require(isinstance(record, dict))
     sources = [record]
@@ -523,23 +462,25 @@ def expected_rows(table: Table, number: int, record: Any) -> Rows:
         for column in table.columns:
             value = dug(source, ".".join(column.path))
             require(value is not None or not column.not_null)
-            row[column.name] = None if value is None else expected(column.type, value)
+            row[column.name] = (
+                None if value is None else expected(column.kind, column.arguments, value)
+            )
         rows.append(row)
     return rows
 
 
-def all_expected(config: Config, document: list[Any]) -> tuple[dict[str, Rows], list[int]]:
+def all_expected(document: list[Any]) -> tuple[dict[str, Records], list[int]]:
     """The rows of all tables, and the indexes of the records that have to be refused.
 
     Of those that are nested deeply it depends on the version of Python whether they are.
     """
-    rows: dict[str, Rows] = {table.name: [] for table in config.tables}
+    rows: dict[str, Records] = {table.name: [] for table in CONFIG.tables}
     faulty = []
     for number, record in enumerate(document):
         try:
             require(depth(record) < DEEP)
-            for table in config.tables:
-                rows[table.name] += expected_rows(table, number, record)
+            for table in CONFIG.tables:
+                rows[table.name] += expected_rows(table, record)
         except Refused:
             faulty.append(number)
     return rows, faulty
@@ -556,28 +497,25 @@ def depth(value: Any) -> int:
 
 # --- what came out -------------------------------------------------------------------------------
 
-CELL = re.compile(r'"((?:[^"]|"")*)"(?=[,\n])|([^",\r\n]*)(?=[,\n])')
+CELL = re.compile(r'(?:"((?:[^"]|"")*)"|([^",\r\n]*))([,\n])')
 
 
 def csv_cells(text: str) -> Iterator[list[tuple[bool, str]]]:
     """The rows of CSV: of each cell whether it stands in quotes, and its text."""
-    position = 0
-    while position < len(text):
-        row: list[tuple[bool, str]] = []
-        while not row or text[position - 1] == ",":
-            match = CELL.match(text, position)
-            assert match, text[position : position + 100]
-            in_quotes = match[1] is not None
-            row.append((in_quotes, match[1].replace('""', '"') if in_quotes else match[2]))
-            position = match.end() + 1
-        yield row
+    cells, row = list(CELL.finditer(text)), []
+    assert "".join(cell[0] for cell in cells) == text
+    for cell in cells:
+        in_quotes = cell[1] is not None
+        row.append((in_quotes, cell[1].replace('""', '"') if in_quotes else cell[2]))
+        if cell[3] == "\n":
+            yield row
+            row = []
+    assert not row
 
 
 READ: dict[str, Callable[[str], Any]] = {
     "boolean": {"t": True, "f": False}.__getitem__,
-    "smallint": int,
-    "integer": int,
-    "bigint": int,
+    **dict.fromkeys(("smallint", "integer", "bigint"), int),
     "real": lambda text: single(float(text)),
     "double precision": float,
     "decimal": Decimal,
@@ -589,7 +527,7 @@ READ: dict[str, Callable[[str], Any]] = {
 }
 
 
-def written_rows(table: Table, files: list[str], count: int, null: str) -> Rows:
+def written_rows(table: Table, files: list[str], count: int, null: str) -> Records:
     """The rows in the files of a table, as COPY reads them."""
     rows, columns = [], table.columns
     for text in files:
@@ -613,17 +551,24 @@ def written_rows(table: Table, files: list[str], count: int, null: str) -> Rows:
     return rows
 
 
-def transformed(config: Config, body: bytes) -> dict[str, Rows]:
+def transformed(body: bytes) -> dict[str, Records]:
     """The rows that the program makes of a source, or its PipelineError."""
-    return {part[0].name: written_rows(*part) for part in parts_of(body, config)}
+    return {part[0].name: written_rows(*part) for part in parts_of(body, CONFIG)}
 
 
-def same(left: Any, right: Any) -> bool:
-    """Equal with equal types: True is not 1, nor 1 the same as 1.0; -0.0 is not 0.0."""
+def same(left: Any, right: Any, stored: bool = False) -> bool:
+    """Equal with equal types: True is not 1, nor 1 the same as 1.0; -0.0 is not 0.0.
+
+    But PostgreSQL's jsonb, where the left is stored, keeps numbers as decimals, without -0.
+    """
     if isinstance(left, dict) and isinstance(right, dict):
-        return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
+        return left.keys() == right.keys() and all(
+            same(left[key], right[key], stored) for key in left
+        )
     if isinstance(left, list) and isinstance(right, list):
-        return len(left) == len(right) and all(map(same, left, right))
+        return len(left) == len(right) and all(map(same, left, right, [stored] * len(left)))
+    if stored and isinstance(right, float) and isinstance(left, int | float):
+        return float(left) == right
     if type(left) is not type(right) or left != right:
         return False
     return not isinstance(left, float) or math.copysign(1, left) == math.copysign(1, right)
@@ -656,18 +601,14 @@ SIZES = st.fixed_dictionaries(
 
 
 def check(
-    config: Config,
-    document: list[Any],
-    ascii_only: bool = True,
-    changes: dict[str, int] | None = None,
-    layout: str = "array",
+    document: list[Any], changes: dict[str, int], ascii_only: bool = True, layout: str = "array"
 ) -> bool:
     """Checks one document; returns whether it was accepted."""
-    rows, faulty = all_expected(config, document)
+    rows, faulty = all_expected(document)
     message = ""
-    with sizes(**changes or {}):
+    with sizes(**changes):
         try:
-            found = transformed(config, laid_out(document, ascii_only, layout).encode())
+            found = transformed(laid_out(document, ascii_only, layout).encode())
         except PipelineError as error:
             message = str(error)
     if message:
@@ -679,97 +620,52 @@ def check(
     if any(depth(document[index]) >= DEEP for index in faulty):
         return False
     assert not faulty, f"accepted, although records {faulty} do not fit"
-    for table in config.tables:
-        assert len(found[table.name]) == len(rows[table.name])
-        for left, right in zip(found[table.name], rows[table.name], strict=True):
+    for table, wanted in rows.items():
+        for left, right in zip(found[table], wanted, strict=True):
             for name in right:
-                assert same(left[name], right[name]) or (
-                    isinstance(right[name], Decimal) and left[name] == right[name]
-                ), (table.name, name, left[name], right[name])
+                assert same(left[name], right[name]), (table, name, left[name], right[name])
     return True
 
 
 # --- tests ---------------------------------------------------------------------------------------
 
 
-@share(55)
+@share(70)
 @given(documents(), SIZES, st.booleans(), LAYOUTS)
 def test_any_document(
-    config: Config, document: list[Any], changes: dict[str, int], ascii_only: bool, layout: str
+    document: list[Any], changes: dict[str, int], ascii_only: bool, layout: str
 ) -> None:
-    check(config, document, ascii_only, changes, layout)
+    check(document, changes, ascii_only, layout)
 
 
-COLUMN_VALUES = JSON | st.builds(
-    lambda text, times: text * times, TEXTS, st.sampled_from([1, 3, 30])
-)
-
-
-ALL_PLACES = [*PLACES[1:], *(f"box.parts.{place}" for place in PART_PLACES)]
+LONG_TEXTS = st.builds(lambda text, times: text * times, TEXTS, st.sampled_from([1, 3, 30]))
 
 
 def document_with(value: Any, place: str) -> list[Any]:
     """A document whose second record has the value at a place, and nothing else that is odd."""
-    item: dict[str, Any] = {"id": "item 2", "whole": Number("1"), "box": {"inner": {}, "parts": []}}
-    target = item
-    *way, name = place.split(".")
-    for step in way:
-        if step == "parts":
-            target["parts"] = [{"sku": "a", "size": {}}]
-            target = target["parts"][0]
-        else:
-            target = target[step]
-    target[name] = value
-    return [{"id": "item 1", "whole": Number("1")}, item]
+    one, other = ({"id": f"item {number}", "whole": Number("1")} for number in (1, 2))
+    other["box"] = {"inner": {}, "parts": [{"sku": "a", "size": {}}]}
+    put(other, place, value)
+    return [one, other]
 
 
 @share(15)
-@given(ODD_NUMBERS | ODD_TIMES | COLUMN_VALUES, st.sampled_from(ALL_PLACES))
-def test_one_value_of_any_kind(config: Config, value: Any, place: str) -> None:
-    check(config, document_with(value, place))
+@given(ODD_NUMBERS | ODD_TIMES | JSON | LONG_TEXTS, st.sampled_from(PLACES[1:]))
+def test_one_value_of_any_kind(value: Any, place: str) -> None:
+    check(document_with(value, place), {})
 
 
-@pytest.mark.parametrize("place", ALL_PLACES)
-def test_each_kind_of_value(config: Config, place: str) -> None:
+@pytest.mark.parametrize("place", PLACES[1:])
+def test_each_kind_of_value(place: str) -> None:
     numbers = [Number(text) for text in ("0", "1", "-1", "1.0", "1e3", "0.5", "NaN", "-Infinity")]
     texts = ["", "a", "1", "true", "2006-03-24", "2006-03-24T22:30:00", "2006-03-24T22:30:00Z"]
     others: list[Any] = [None, True, False, [], {}, [True], [{}], {"a": True}]
     for value in [*numbers, *texts, *others]:
-        check(config, document_with(value, place))
-
-
-@share(15)
-@given(documents(faults=0), st.data())
-def test_text_that_is_damaged(config: Config, document: list[Any], data: st.DataObject) -> None:
-    """With a piece cut out or put in, it is JSON all the same, or refused."""
-    assume(not all_expected(config, document)[1])  # a part may have a field that is called item
-    text = written(document, ascii_only=False)
-    start = data.draw(st.integers(0, len(text)))
-    end = min(len(text), start + data.draw(st.sampled_from([0, 1, 1, 2, 10, 10_000])))
-    new = data.draw(st.text('{}[]",:\\ue0-.1n \n\0', max_size=2))
-    damaged = text[:start] + new + text[end:]
-    message = ""
-    try:
-        value = json.loads(damaged)
-    except ValueError:
-        value = None
-    with sizes(**data.draw(SIZES)):
-        try:
-            found = transformed(config, damaged.encode())
-        except PipelineError as error:
-            message = str(error)
-    if message:
-        assert damaged != text, message
-        assert len(message) < 1000
-        return
-    assert isinstance(value, list)
-    assert [row["id"] for row in found["public.items"]] == [record["id"] for record in value]
+        check(document_with(value, place), {})
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3])
-def test_loaded_into_the_tables(
-    sandbox: Sandbox, tmp_path: Path, config: Config, batch: int
-) -> None:
+def test_loaded_into_the_tables(sandbox: Sandbox, tmp_path: Path, batch: int) -> None:
     """Documents that are accepted, put together, through S3 and COPY into the tables."""
     together: list[Any] = []
 
@@ -777,50 +673,29 @@ def test_loaded_into_the_tables(
     @settings(share(5), suppress_health_check=list(HealthCheck), database=None)
     @given(documents(faults=batch - 1))
     def collect(document: list[Any]) -> None:
-        if check(config, document):
+        if check(document, {}):
             together.extend(document)
 
     collect()
     assert len(together) >= 20
     for number, record in enumerate(together):
         record["id"] = f"{batch}.{number}"
-    rows, faulty = all_expected(config, together)
+    rows, faulty = all_expected(together)
     assert not faulty
-    source, pipeline = tmp_path / "source.json", tmp_path / "pipeline.yaml"
+    source = tmp_path / "source.json"
     source.write_text(written(together, ascii_only=bool(batch % 2)), encoding="utf-8")
-    pipeline.write_text(CONFIG)
-    done = sandbox.run("--config", pipeline, "--source", source)
-    assert done.returncode == 0, done.stderr
-    for table in config.tables:
-        keys = ["id"] if table.key == ("id",) else ["item_id", "position"]
-        stored = {
-            tuple(row[key] for key in keys): row
-            for row in sandbox.query(f"SELECT * FROM {table.name}")
-        }
-        wanted = {tuple(row[key] for key in keys): row for row in rows[table.name]}
+    loaded(sandbox, *shipped(tmp_path, {"tables": TABLES}), "--source", source)
+    for table in CONFIG.tables:
+        stored, wanted = (
+            {tuple(row[name] for name in table.key): row for row in some}
+            for some in (sandbox.query(f"SELECT * FROM {table.name}"), rows[table.name])
+        )
         assert stored.keys() == wanted.keys()
-        for name, row in wanted.items():
+        for key, row in wanted.items():
             for column in table.columns:
-                value = stored[name][column.name]
+                value = stored[key][column.name]
                 if column.kind == "timestamp" and value is not None:
                     value = value.replace(tzinfo=UTC)
-                assert equal(column.kind, value, row[column.name]), (table.name, name, column.name)
-
-
-def equal(kind: str, stored: Any, wanted: Any) -> bool:
-    """Whether PostgreSQL has the value; its jsonb keeps numbers as decimals, without -0."""
-    if wanted is None or stored is None:
-        return stored is wanted
-    if kind == "real":
-        return bool(single(stored) == wanted)
-    if kind != "super":
-        return bool(stored == wanted)
-    if isinstance(wanted, dict):
-        return set(stored) == set(wanted) and all(
-            equal(kind, stored[name], wanted[name]) for name in wanted
-        )
-    if isinstance(wanted, list):
-        return len(stored) == len(wanted) and all(map(equal, [kind] * len(wanted), stored, wanted))
-    if isinstance(wanted, float):
-        return bool(float(stored) == wanted)
-    return type(stored) is type(wanted) and bool(stored == wanted)
+                if column.kind == "real" and value is not None:
+                    value = single(value)
+                assert same(value, row[column.name], stored=True), (table.name, key, column.name)

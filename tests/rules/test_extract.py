@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
@@ -9,88 +10,54 @@ import re
 import socket
 import ssl
 import struct
-from collections.abc import Callable, Iterator
+import threading
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from functools import partial
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from helpers import (
-    Answer,
-    ConfigError,
-    PipelineError,
-    Records,
-    fetch_records,
-    load_config,
-    page,
-    responds,
-    things,
-    things_config,
-    without_pauses,
-)
+from helpers import Answer, ConfigError, Fetch, PipelineError, page, responds, sizes, things
 from redshift import make_certificate
 from sandbox import SAMPLE, Source
-
-Fetch = Callable[..., Records]
 
 CANARY = "c4nary-T0ken"  # what must never be seen
 HEADERS = {"Authorization": "Token ${LL2_TOKEN}", "X-Api-Key": "${LL2_TOKEN}", "X-Plain": "$HOME"}
 
 
 @pytest.fixture
-def source() -> Iterator[Source]:
-    with Source() as source:
-        yield source
-
-
-@pytest.fixture
-def fetch(source: Source, tmp_path: Path) -> Fetch:
-    """What the program reads from the source when that gives these answers."""
-
-    def fetch(*answers: Answer, url: str = source.url, **settings: Any) -> Records:
-        source.answers = list(answers)
-        return fetch_records(load_config(things_config(tmp_path, url, **settings)), tmp_path)
-
-    return fetch
-
-
-@pytest.fixture
-def pauses() -> Iterator[list[float]]:
-    """The pauses, which are not made."""
-    with without_pauses() as pauses:
-        yield pauses
+def fetch(fetch: Fetch) -> Fetch:
+    """What the program reads from the source when that gives these pages."""
+    return partial(fetch, records="results", next="next")
 
 
 # --- shapes and pages ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("settings", "documents"),
-    [
-        ({"next": "next?"}, [{"results": things(1)}]),
-        ({"next": None}, [{"results": things(1), "next": "?2"}]),
-        (
-            {"records": "data.items", "next": "paging.links.next"},
-            [
-                {"data": {"items": things(1)}, "paging": {"links": {"next": "?page=2"}}},
-                {"data": {"items": things(2)}, "paging": None},
-            ],
-        ),
-        (
-            {"max_pages": 2},
-            [{"results": things(1), "next": "?2"}, {"results": things(2), "next": None}],
-        ),
-        ({"records": None, "next": None}, [things(1)]),
-        ({"records": None, "next": "next?"}, [things(1)]),
-    ],
-    ids=["no next", "next not followed", "nested", "all allowed", "plain array", "next of none"],
-)
-def test_other_shapes(
-    source: Source, fetch: Fetch, settings: dict[str, Any], documents: list[Any]
-) -> None:
+NESTED = {"records": "data.items", "next": "paging.links.next"}
+SHAPES: dict[str, tuple[dict[str, Any], list[Any]]] = {
+    "next not followed": ({"next": None}, [{"results": things(1), "next": "?2"}]),
+    "nested": (
+        NESTED,
+        [
+            {"data": {"items": things(1)}, "paging": {"links": {"next": "?page=2"}}},
+            {"data": {"items": things(2)}, "paging": None},
+        ],
+    ),
+    "all allowed": (
+        {"max_pages": 2},
+        [{"results": things(1), "next": "?2"}, {"results": things(2), "next": None}],
+    ),
+    "plain array": ({"records": None, "next": None}, [things(1)]),
+}
+
+
+@pytest.mark.parametrize("case", SHAPES)
+def test_other_shapes(source: Source, fetch: Fetch, case: str) -> None:
+    settings, documents = SHAPES[case]
     records = fetch(*(responds(200, document) for document in documents), **settings)
     assert records == things(*range(1, len(documents) + 1))
     assert len(source.requests) == len(documents)
@@ -155,19 +122,33 @@ def test_a_next_page_elsewhere_is_refused(source: Source, fetch: Fetch, followin
     assert len(source.requests) == 1
 
 
-def test_no_next_page_without_tls_after_one_with_it(
-    source: Source, fetch: Fetch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    certificate = make_certificate(tmp_path, "localhost")
-    monkeypatch.setenv("SSL_CERT_FILE", str(certificate.ca))
+def with_tls(source: Source, folder: Path) -> tuple[str, Path]:
+    """Gives the server TLS; returns its address and the authority that nobody trusts yet."""
+    certificate = make_certificate(folder, "localhost")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate.certificate, certificate.key)
     source.server.socket = context.wrap_socket(source.server.socket, server_side=True)
-    address = f"localhost:{source.server.server_port}/v5/launches"
+    return f"localhost:{source.server.server_port}/v5/launches", certificate.ca
+
+
+def test_no_next_page_without_tls_after_one_with_it(
+    source: Source, fetch: Fetch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address, authority = with_tls(source, tmp_path)
+    monkeypatch.setenv("SSL_CERT_FILE", str(authority))
     pages = page(things(1), "?2"), page(things(2), f"http://{address}?3"), page(things(3))
     with pytest.raises(PipelineError, match=f"page 3, http://{address}"):
         fetch(*pages, url=f"https://{address}")
     assert len(source.requests) == 2
+
+
+def test_a_certificate_that_nobody_trusts_ends_the_run(
+    source: Source, fetch: Fetch, pauses: list[float], tmp_path: Path
+) -> None:
+    address, _ = with_tls(source, tmp_path)
+    with pytest.raises(PipelineError, match=r"certificate.*, attempt 1$"):
+        fetch(url=f"https://{address}")
+    assert pauses == []
 
 
 def test_headers_go_to_the_source_and_nowhere_else(
@@ -194,31 +175,21 @@ def test_headers_go_to_the_source_and_nowhere_else(
 # --- what is tried again ------------------------------------------------------------------------
 
 
-def begin(
-    handler: BaseHTTPRequestHandler, body: bytes = SAMPLE.read_bytes(), **headers: str
-) -> bytes:
-    """Sends the beginning of a good answer and returns the body that should follow."""
-    handler.protocol_version = "HTTP/1.1"
-    handler.close_connection = True
-    handler.send_response(200)
-    for name, value in headers.items():
-        handler.send_header(name.replace("_", "-"), value)
-    handler.end_headers()
-    return SAMPLE.read_bytes()
+BODY = SAMPLE.read_bytes()
 
 
-def half_of_a_length(handler: BaseHTTPRequestHandler) -> None:
-    handler.wfile.write(begin(handler, Content_Length=str(SAMPLE.stat().st_size))[:30_000])
+def sends(data: bytes, header: str, value: str) -> Answer:
+    """Answers with this header and these bytes, and closes the connection."""
 
+    def respond(handler: BaseHTTPRequestHandler) -> None:
+        handler.protocol_version = "HTTP/1.1"
+        handler.close_connection = True
+        handler.send_response(200)
+        handler.send_header(header, value)
+        handler.end_headers()
+        handler.wfile.write(data)
 
-def half_of_the_chunks(handler: BaseHTTPRequestHandler) -> None:
-    body = begin(handler, Transfer_Encoding="chunked")
-    handler.wfile.write(b"4000\r\n%b\r\n" % body[:0x4000] + b"4000\r\n" + body[0x4000:0x5000])
-
-
-def chunks_without_an_end(handler: BaseHTTPRequestHandler) -> None:
-    body = begin(handler, Transfer_Encoding="chunked")
-    handler.wfile.write(b"%x\r\n%b\r\n" % (len(body), body))
+    return respond
 
 
 def reset_at_once(handler: BaseHTTPRequestHandler) -> None:
@@ -231,16 +202,40 @@ def closed_at_once(handler: BaseHTTPRequestHandler) -> None:
     handler.close_connection = True
 
 
-@pytest.mark.parametrize(
-    "fault",
-    [half_of_a_length, half_of_the_chunks, chunks_without_an_end, reset_at_once, closed_at_once],
-)
+TWO_CHUNKS = b"4000\r\n%b\r\n4000\r\n%b" % (BODY[:0x4000], BODY[0x4000:0x5000])
+BREAKS: dict[str, Answer] = {
+    "half of a length": sends(BODY[:30_000], "Content-Length", str(len(BODY))),
+    "half of the chunks": sends(TWO_CHUNKS, "Transfer-Encoding", "chunked"),
+    "chunks without an end": sends(
+        b"%x\r\n%b\r\n" % (len(BODY), BODY), "Transfer-Encoding", "chunked"
+    ),
+    "reset at once": reset_at_once,
+    "closed at once": closed_at_once,
+}
+
+
+@pytest.mark.parametrize("fault", BREAKS.values(), ids=BREAKS)
 def test_a_source_that_breaks_off_is_asked_again(
     source: Source, fetch: Fetch, pauses: list[float], fault: Answer
 ) -> None:
-    records = fetch(fault, responds(200, SAMPLE.read_bytes()), records=None, next=None)
-    assert len(records) == 30
+    assert len(fetch(fault, responds(200, BODY), records=None, next=None)) == 30
     assert (len(source.requests), len(pauses)) == (2, 1)
+
+
+def test_an_answer_that_does_not_come_is_not_waited_for(fetch: Fetch, pauses: list[float]) -> None:
+    over = threading.Event()
+
+    def late(handler: BaseHTTPRequestHandler) -> None:
+        over.wait(20)
+        with contextlib.suppress(BrokenPipeError):
+            page(things(2))(handler)
+
+    try:
+        with sizes(HTTP_TIMEOUT=(5, 0.2)):
+            assert fetch(late, page(things(1))) == things(1)
+    finally:
+        over.set()
+    assert len(pauses) == 1
 
 
 def at(**later: float) -> str:
@@ -262,11 +257,7 @@ RETRY_AFTER: dict[str, tuple[str, float, float]] = {
 @pytest.mark.parametrize("status", [429, 503])
 @pytest.mark.parametrize("case", RETRY_AFTER)
 def test_the_pause_that_is_asked_for(
-    fetch: Fetch,
-    pauses: list[float],
-    caplog: pytest.LogCaptureFixture,
-    case: str,
-    status: int,
+    fetch: Fetch, pauses: list[float], caplog: pytest.LogCaptureFixture, case: str, status: int
 ) -> None:
     asked, least, most = RETRY_AFTER[case]
     answers = responds(status, Retry_After=asked), page(things(1))
@@ -274,19 +265,20 @@ def test_the_pause_that_is_asked_for(
     (pause,) = pauses
     assert least <= pause <= most
     (message,) = caplog.messages
-    said = re.fullmatch(
-        rf"HTTP {status} [\w ]+, trying again in ([\d.]+) s, at \d\d:\d\d:\d\dZ", message
-    )
+    again = r"trying again in ([\d.]+) s, at \d\d:\d\d:\d\dZ"
+    said = re.fullmatch(rf"HTTP {status} [\w ]+, {again}", message)
     assert said, message
     assert float(said[1]) == pytest.approx(pause, abs=0.06)
 
 
 @pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
-def test_without_a_time_the_pauses_grow(fetch: Fetch, pauses: list[float], status: int) -> None:
-    assert fetch(*[responds(status)] * 5, page(things(1))) == things(1)
-    assert len(pauses) == 5
-    for number, pause in enumerate(pauses, 1):
-        assert 2**number / 2 <= pause <= 2**number
+def test_without_a_time_the_pauses_grow_to_a_minute_and_differ(
+    fetch: Fetch, pauses: list[float], status: int
+) -> None:
+    most = [2, 4, 8, 16, 32, *[60] * 7][: 12 if status == 429 else 5]
+    assert fetch(*[responds(status)] * len(most), page(things(1))) == things(1)
+    shares = [pause / limit for pause, limit in zip(pauses, most, strict=True)]
+    assert 0.5 <= min(shares) < max(shares) <= 1
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 410, 501])
@@ -334,17 +326,16 @@ def test_rate_limits_and_other_failures_do_not_count_as_each_other(
 # --- headers and other secrets -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "fault",
-    [
-        responds(401, {"detail": "Invalid token"}),
-        responds(302, Location="http://[::1"),
-        responds(302, Location="http://localhost:1/"),
-        page(things(1), "http://localhost:1/"),
-        lambda handler: setattr(handler, "close_connection", True),
-    ],
-    ids=["401", "bad redirect", "redirect to nobody", "next elsewhere", "no answer"],
-)
+FAULTS = {
+    "401": responds(401, {"detail": "Invalid token"}),
+    "bad redirect": responds(302, Location="http://[::1"),
+    "redirect to nobody": responds(302, Location="http://localhost:1/"),
+    "next elsewhere": page(things(1), "http://localhost:1/"),
+    "no answer": closed_at_once,
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
 @pytest.mark.usefixtures("pauses")
 def test_no_failure_shows_the_token(
     fetch: Fetch, fault: Answer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

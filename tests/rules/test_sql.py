@@ -10,7 +10,6 @@ from helpers import (
     ROLE,
     Config,
     PipelineError,
-    Table,
     config_of,
     copy_sql,
     create_sql,
@@ -20,80 +19,43 @@ from helpers import (
     swap_sql,
 )
 
-REPLACED = {
-    "key": "id",
-    "sort_key": ["date_utc", "id"],
-    "dist_key": "id",
-    "columns": {
-        "id": "varchar(24) not null",
-        "date_utc": "timestamptz not null",
-        "links.patch": "super",
-        "mass": "decimal(10,2)",
-        "ratio": "double precision",
+COLUMNS = {
+    "id": "varchar(24) not null",
+    "date_utc": "timestamptz not null",
+    "links.patch": "super",
+    "mass": "decimal(10,2)",
+    "ratio": "double precision",
+}
+CORE_COLUMNS = {"launch.id": "varchar(24)", "position": "smallint not null", "select": "boolean"}
+TABLES: dict[str, Any] = {
+    "public.launches": {
+        "key": "id",
+        "sort_key": ["date_utc", "id"],
+        "dist_key": "id",
+        "columns": COLUMNS,
+    },
+    "spacex.cores": {
+        "mode": "upsert",
+        "rows": "cores",
+        "parent": "launch",
+        "key": ["launch_id", "position"],
+        "columns": CORE_COLUMNS,
     },
 }
-UPSERTED = {
-    "mode": "upsert",
-    "rows": "cores",
-    "parent": "launch",
-    "key": ["launch_id", "position"],
-    "columns": {
-        "launch.id": "varchar(24)",
-        "position": "smallint not null",
-        "select": "boolean",
-    },
-}
-TABLES = {"public.launches": REPLACED, "spacex.cores": UPSERTED}
-
-
-@pytest.fixture
-def config(monkeypatch: pytest.MonkeyPatch) -> Config:
-    monkeypatch.delenv("AWS_ROLE_ARN", raising=False)
-    return config_of(TABLES)
-
-
-@pytest.fixture
-def launches(config: Config) -> Table:
-    return config.tables[0]
-
-
-@pytest.fixture
-def cores(config: Config) -> Table:
-    return config.tables[1]
-
-
-def test_create(launches: Table) -> None:
-    assert (
-        create_sql(launches)
-        == """\
-CREATE TABLE IF NOT EXISTS "public"."launches" (
+LAUNCHES = """(
   "id" varchar(24) NOT NULL,
   "date_utc" timestamptz NOT NULL,
   "links_patch" super,
   "mass" decimal(10,2),
-  "ratio" double precision,
-  "_run_id" varchar(64),
-  "_loaded_at" timestamptz
+  "ratio" double precision{meta}
 )
 DISTKEY ("id")
 COMPOUND SORTKEY ("date_utc", "id")"""
-    )
-
-
-def test_create_without_sort_and_dist_key(cores: Table) -> None:
-    assert (
-        create_sql(cores)
-        == """\
-CREATE TABLE IF NOT EXISTS "spacex"."cores" (
+CORES = """(
   "launch_id" varchar(24),
   "position" smallint NOT NULL,
-  "select" boolean,
-  "_run_id" varchar(64),
-  "_loaded_at" timestamptz
+  "select" boolean{meta}
 )"""
-    )
-
-
 META = """,
   "_run_id" varchar(64),
   "_loaded_at" timestamptz"""
@@ -108,69 +70,62 @@ DATEFORMAT 'auto' TIMEFORMAT 'auto'
 COMPUPDATE OFF STATUPDATE OFF"""
 
 
-def test_copy_with_the_default_role(config: Config, launches: Table) -> None:
-    create, copy = copy_sql(config, launches)
-    columns = create_sql(launches).partition("(")[2].replace(META, "")
-    assert create == f'CREATE TEMP TABLE "staging_1" ({columns}'
-    assert copy == COPY.format("default")
+def config(role: str | None = None) -> Config:
+    return config_of(TABLES, redshift={"secret": "s", "copy_role": role})
 
 
-@pytest.mark.parametrize("role", [ROLE, f"{ROLE},{ROLE}2"])
-def test_copy_with_a_role(role: str) -> None:
-    redshift = {"secret": "s", "copy_role": role}
-    config = config_of(TABLES, redshift=redshift)
-    _, copy = copy_sql(config, config.tables[0])
-    assert copy == COPY.format(f"'{role}'")
+@pytest.fixture(autouse=True)
+def no_role(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_ROLE_ARN", raising=False)
 
 
-def test_doubles_of_one_key(launches: Table) -> None:
-    assert (
-        doubles_sql(launches)
-        == """\
-SELECT rtrim("id")
-FROM "staging_1"
-GROUP BY rtrim("id")
-HAVING count(*) > 1
-LIMIT 5"""
-    )
+def test_create() -> None:
+    launches, cores = config().tables
+    create = "CREATE TABLE IF NOT EXISTS "
+    assert create_sql(launches) == f'{create}"public"."launches" {LAUNCHES.format(meta=META)}'
+    assert create_sql(cores) == f'{create}"spacex"."cores" {CORES.format(meta=META)}'
 
 
-def test_doubles_of_two_keys(cores: Table) -> None:
-    assert (
-        doubles_sql(cores)
-        == """\
-SELECT rtrim("launch_id"), "position"
-FROM "staging_2"
-GROUP BY rtrim("launch_id"), "position"
-HAVING count(*) > 1
-LIMIT 5"""
-    )
+@pytest.mark.parametrize("role", [None, ROLE, f"{ROLE},{ROLE}2"])
+def test_copy(role: str | None) -> None:
+    create, copy = copy_sql(config(role), config().tables[0])
+    assert create == f'CREATE TEMP TABLE "staging_1" {LAUNCHES.format(meta="")}'
+    assert copy == COPY.format(f"'{role}'" if role else "default")
 
 
-def test_replace(config: Config, launches: Table) -> None:
-    assert swap_sql(config, launches) == (
-        'DELETE FROM "public"."launches"',
-        """\
+def test_doubles() -> None:
+    sql = "SELECT {0}\nFROM {1}\nGROUP BY {0}\nHAVING count(*) > 1\nLIMIT 5"
+    launches, cores = config().tables
+    assert doubles_sql(launches) == sql.format('rtrim("id")', '"staging_1"')
+    assert doubles_sql(cores) == sql.format('rtrim("launch_id"), "position"', '"staging_2"')
+
+
+REPLACE = (
+    'DELETE FROM "public"."launches"',
+    """\
 INSERT INTO "public"."launches" \
 ("id", "date_utc", "links_patch", "mass", "ratio", "_run_id", "_loaded_at")
 SELECT "id", "date_utc", "links_patch", "mass", "ratio", \
 '20240229T235958.000007Z-0a1b2c3d', GETDATE()
 FROM "staging_1\"""",
-    )
-
-
-def test_upsert_by_two_keys(config: Config, cores: Table) -> None:
-    assert swap_sql(config, cores) == (
-        """\
+)
+UPSERT = (
+    """\
 DELETE FROM "spacex"."cores"
 USING "staging_2"
 WHERE "spacex"."cores"."launch_id" = "staging_2"."launch_id" \
 AND "spacex"."cores"."position" = "staging_2"."position\"""",
-        """\
+    """\
 INSERT INTO "spacex"."cores" ("launch_id", "position", "select", "_run_id", "_loaded_at")
 SELECT "launch_id", "position", "select", '20240229T235958.000007Z-0a1b2c3d', GETDATE()
 FROM "staging_2\"""",
-    )
+)
+
+
+def test_replace_and_upsert() -> None:
+    launches, cores = config().tables
+    assert swap_sql(config(), launches) == REPLACE
+    assert swap_sql(config(), cores) == UPSERT
 
 
 @pytest.mark.parametrize(
@@ -187,26 +142,7 @@ def test_a_literal_has_no_backslash(text: str) -> None:
         literal(text)
 
 
-@pytest.mark.parametrize(
-    ("names", "written"),
-    [
-        (["id"], '"id"'),
-        (["a", "b"], '"a", "b"'),
-        (["public.launches"], '"public"."launches"'),
-        (["public.launches.id", "select"], '"public"."launches"."id", "select"'),
-    ],
-)
-def test_quoted(names: list[str], written: str) -> None:
-    assert quoted(*names) == written
-
-
-LONG = "t" * 120
-
-
-@pytest.mark.parametrize(
-    "names", [["a.b_c", "a_b.c"], [f"public.{LONG}_1", f"public.{LONG}_2"]], ids=["dot", "long"]
-)
-def test_every_table_is_staged_in_its_own(names: list[str]) -> None:
-    settings: dict[str, Any] = {"key": "id", "columns": {"id": "integer"}}
-    first, second = config_of(dict.fromkeys(names, settings)).tables
-    assert doubles_sql(first) != doubles_sql(second)
+def test_quoted() -> None:
+    assert quoted("id") == '"id"'
+    assert quoted("public.launches") == '"public"."launches"'
+    assert quoted("public.launches.id", "select") == '"public"."launches"."id", "select"'

@@ -6,7 +6,6 @@ import gzip
 import itertools
 import json
 import logging
-from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from helpers import (
     PipelineError,
     Record,
     Records,
+    Table,
     batches_of,
     config_of,
     csv_of,
@@ -33,28 +33,20 @@ from helpers import (
 # A warning of NumPy or pandas would stand between the lines of the log.
 pytestmark = pytest.mark.filterwarnings("error")
 
-Read = Callable[[str | bytes], list[dict[str, Any]]]
-
 
 def packed(content: bytes) -> bytes:
     """Gzipped, the same at any time: the tests' names come from it."""
     return gzip.compress(content, mtime=0)
 
 
-@pytest.fixture
-def read(tmp_path: Path) -> Read:
-    """Reads the records of a file with this content."""
-
-    def read(content: str | bytes) -> Records:
-        path = tmp_path / "response"
-        path.write_bytes(content.encode() if isinstance(content, str) else content)
-        return list(read_records(path))
-
-    return read
+def file_of(folder: Path, content: str | bytes) -> Path:
+    path = folder / "response"
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
 
 
 def parsed(text: str) -> Any:
-    """A JSON value as read_batches gives it: a number with a fraction or exponent is exact."""
+    """A JSON value as the program reads it: a number with a fraction or exponent is exact."""
     return json.loads(text, parse_float=Decimal)
 
 
@@ -80,16 +72,15 @@ GOOD: dict[str, str | bytes] = {
 
 
 @pytest.mark.parametrize("case", GOOD)
-def test_the_records_of_an_array_or_one_a_line(read: Read, case: str) -> None:
-    assert read(GOOD[case]) == [{"a": 1}, {"a": 2}]
+def test_the_records_of_an_array_or_one_a_line(tmp_path: Path, case: str) -> None:
+    assert list(read_records(file_of(tmp_path, GOOD[case]))) == [{"a": 1}, {"a": 2}]
 
 
 @pytest.mark.parametrize("join", ["[{}]", "{}"], ids=["array", "lines"])
 def test_batches_are_bounded(tmp_path: Path, join: str) -> None:
     lengths = [1, 1, 1, 1, 1, 200, 1, 1, 300, 300, 1] * 20
     texts = [json.dumps({"a": "x" * size}) for size in lengths]
-    path = tmp_path / "response"
-    path.write_text(join.format((",", "\n")[join == "{}"].join(texts)))
+    path = file_of(tmp_path, join.format((",", "\n")[join == "{}"].join(texts)))
     with sizes(READ_CHARACTERS=250):
         batches = [[len(record["a"]) for record in batch] for batch in batches_of(path)]
     assert list(itertools.chain(*batches)) == lengths
@@ -102,23 +93,21 @@ ACROSS_BOUNDARIES = {
     "numbers": '[{"a": [0, -1, 12345678901234567890, -1.5, 1e5, 1E-5, 2.5e+10, 0.10]}]',
     "words": '[{"words": [true, false, null, NaN, Infinity, -Infinity]}, {"next": true}]',
     "nested": '[{"nested": {"a": [{"b": [[], {}, [{}]]}, []]}}, {}, {}]',
-    "same key": '[{"id": 1, "a": [{"id": 2}, {"id": 3}]}, {"id": 4, "a": [{"id": 5}, {"id": 6}]}]',
-    "key in text": '[{"id": 1, "a": ",{\\"id\\":"}, {"id": 2, "a": ", {"}, {"id": 3},\n{"id": 4}]',
-    "other key": '[{"id": 1}, {"id": 2}, {"ID": {"id": 3}}, {"id": 4}, {"id" : 5}, {"id": 6}]',
     "spaces": '[{ "a" :\n\t[ 1 ,  2 ] , "and" : { } }   ,\r\n   { "more" : "" }   ]   ',
 }
 
 
 @pytest.mark.parametrize("content", ACROSS_BOUNDARIES.values(), ids=ACROSS_BOUNDARIES)
-def test_records_across_the_boundaries_of_reads(read: Read, content: str) -> None:
+def test_records_across_the_boundaries_of_reads(tmp_path: Path, content: str) -> None:
     for size in (*range(1, 8), *range(20, 90, 7), 1000):
         with sizes(READ_CHARACTERS=size):
-            assert repr(read(content)) == repr(parsed(content))
+            assert repr(list(read_records(file_of(tmp_path, content)))) == repr(parsed(content))
 
 
-def test_numbers_are_exact(read: Read) -> None:
+def test_numbers_are_exact(tmp_path: Path) -> None:
     digits = "0.1234567890123456789012345678901234567890"
-    (record,) = read(f'[{{"fraction": {digits}, "integer": 9007199254740993, "one": 1.0}}]')
+    text = f'[{{"fraction": {digits}, "integer": 9007199254740993, "one": 1.0}}]'
+    (record,) = read_records(file_of(tmp_path, text))
     assert (str(record["fraction"]), record["integer"]) == (digits, 9007199254740993)
     assert isinstance(record["one"], Decimal)
 
@@ -127,10 +116,8 @@ def test_numbers_are_exact(read: Read) -> None:
     "content", ['[{"a": 1}, {"a": 2}, {"a": oops}]', '{"a": 1}\n{"a": 2}\n{"a": oops}\n']
 )
 def test_records_before_a_fault_are_given(tmp_path: Path, content: str) -> None:
-    path = tmp_path / "response"
-    path.write_text(content)
     with sizes(READ_CHARACTERS=10):
-        records = read_records(path)
+        records = read_records(file_of(tmp_path, content))
         assert [next(records), next(records)] == [{"a": 1}, {"a": 2}]
         with pytest.raises(PipelineError, match="not JSON after record 2"):
             next(records)
@@ -146,13 +133,6 @@ WRONG: dict[str, dict[str, str | bytes]] = {
         "two objects on a line": '{"a": 1} {"a": 2}',
         "comma at the end of a line": '{"a": 1},\n{"a": 2}',
         "bracket": "[",
-        "comma": "[,]",
-        "single quotes": "[{'a': 1}]",
-        "no quotes": "[{a: 1}]",
-        "zero in front": '[{"a": 01}]',
-        "point in front": '[{"a": .5}]',
-        "comma in an object": '[{"a": 1,}]',
-        "wrong bracket": '[{"a": [1}]',
         "end of line in a text": '[{"a": "line\nbreak"}]',
         "wrong escape": r'[{"a": "\x41"}]',
     },
@@ -160,7 +140,6 @@ WRONG: dict[str, dict[str, str | bytes]] = {
         "line cut": '{"a": 1}\n{"a": 2\n',
         "odd space between lines": '{"a": 1}\n\xa0\n',
         "a comment": "[{}, // comment\n{}]",
-        "two commas": "[{},, {}]",
         "colon": "[{}: {}]",
     },
     "not JSON after record 1: Expecting": {
@@ -223,39 +202,56 @@ WRONG: dict[str, dict[str, str | bytes]] = {
         "no records and spaces": " [ \r\n\t] \n",
     },
 }
-WRONGS = [(content, said) for said, cases in WRONG.items() for content in cases.values()]
+CASES = {name: (text, said) for said, cases in WRONG.items() for name, text in cases.items()}
 
 
-@pytest.mark.parametrize(
-    ("content", "said"), WRONGS, ids=[name for cases in WRONG.values() for name in cases]
-)
-def test_what_holds_no_objects_is_refused(read: Read, content: str | bytes, said: str) -> None:
+@pytest.mark.parametrize("case", CASES)
+def test_what_holds_no_objects_is_refused(tmp_path: Path, case: str) -> None:
+    content, said = CASES[case]
     for size in (2, 3, 7, READ_CHARACTERS) if len(content) < 50 else (READ_CHARACTERS,):
         with sizes(READ_CHARACTERS=size), pytest.raises(PipelineError) as refused:
-            read(content)
+            list(read_records(file_of(tmp_path, content)))
         assert said in str(refused.value) or size < READ_CHARACTERS
         assert len(str(refused.value)) < 400
 
 
 # --- rows of elements ----------------------------------------------------------------------------
 
-CORE_COLUMNS = {"launch.id": "integer", "position": "smallint", "core": "varchar(9)"}
-CORES = table_of(CORE_COLUMNS, ["launch_id", "position"], rows="stage.cores", parent="launch")
-SHIPS = table_of(
-    {"launch.id": "integer", "position": "smallint", "value": "varchar(9)"},
-    ["launch_id", "position"],
-    rows="ships",
-    parent="launch",
-)
+
+def refusal(records: Records, table: Table) -> str:
+    """What is said of records that are refused."""
+    with pytest.raises(PipelineError) as refused:
+        rows_of(records, table)
+    return str(refused.value)
 
 
-def test_elements_become_rows_with_position_and_parent() -> None:
+def elements(rows: str, columns: dict[str, str]) -> dict[str, Any]:
+    """The settings of a table of elements."""
+    columns = {"launch.id": "integer", "position": "smallint"} | columns
+    return {"rows": rows, "parent": "launch", "key": ["launch_id", "position"], "columns": columns}
+
+
+LAUNCH_COLUMNS = {"id": "integer", "links.patch.small": "varchar(9)", "stage": "super"}
+CORE_COLUMNS = {"core": "varchar(9)", "landing.pad": "varchar(9)"}
+LAUNCHES, CORES, SHIPS = config_of(
+    {
+        "public.launches": {"key": "id", "columns": LAUNCH_COLUMNS},
+        "public.cores": elements("stage.cores", CORE_COLUMNS),
+        "public.ships": elements("ships", {"value": "varchar(9)"}),
+    }
+).tables
+
+
+def test_elements_become_rows_and_the_source_is_not_changed() -> None:
     records: Records = [
-        {"id": 1, "stage": {"cores": [{"core": "a"}, {"core": "b"}]}},
+        {"id": 1, "stage": {"cores": [{"core": "a"}, {"core": "b", "landing": {"pad": "c"}}]}},
         {"id": 2, "stage": {"cores": []}},
-        {"id": 3, "stage": {"cores": [{"core": "c"}]}},
+        {"id": 3, "stage": {"cores": [{"core": "d"}]}},
     ]
-    assert rows_of(records, CORES) == [["1", "1", "a"], ["1", "2", "b"], ["3", "1", "c"]]
+    before = json.dumps(records)
+    rows = [["1", "1", "a", "NULL"], ["1", "2", "b", "c"], ["3", "1", "d", "NULL"]]
+    assert rows_of(records, CORES) == rows
+    assert json.dumps(records) == before
 
 
 def test_elements_that_are_no_objects_become_the_value() -> None:
@@ -264,45 +260,37 @@ def test_elements_that_are_no_objects_become_the_value() -> None:
 
 
 @pytest.mark.parametrize(
-    "record",
-    [
-        {"id": 1},
-        {"id": 1, "stage": None},
-        {"id": 1, "stage": {}},
-        {"id": 1, "stage": {"cores": None}},
-        {"id": 1, "stage": {"cores": []}},
-    ],
+    "rest",
+    [{}, {"stage": None}, {"stage": {}}, {"stage": {"cores": None}}, {"stage": {"cores": []}}],
 )
-def test_a_record_without_elements_has_no_rows(record: Record) -> None:
-    assert rows_of([record], CORES) == []
-    assert rows_of([record, {"id": 2, "stage": {"cores": [{}]}}], CORES) == [["2", "1", "NULL"]]
-
-
-def test_the_source_is_not_changed() -> None:
-    records: Records = [{"id": 1, "stage": {"cores": [{"core": "a"}]}}]
-    before = json.dumps(records)
-    rows_of(records, CORES)
-    assert json.dumps(records) == before
+def test_a_record_without_elements_has_no_rows(rest: Record) -> None:
+    assert rows_of([{"id": 1} | rest], CORES) == []
+    others: Records = [{"id": 1} | rest, {"id": 2, "stage": {"cores": [{}]}}]
+    assert rows_of(others, CORES) == [["2", "1", "NULL", "NULL"]]
 
 
 @pytest.mark.parametrize(
-    ("cores", "message"),
+    ("cores", "position", "message"),
     [
-        ("text", '"text" is not an array'),
-        ({"0": {}}, '{"0": {}} is not an array'),
-        (0, "0 is not an array"),
-        (False, "false is not an array"),
-        (["text"], '"text" is not an object'),
-        ([{}, None], "null is not an object"),
-        ([[]], "[] is not an object"),
+        ("text", "null", ': "text" is not an array'),
+        ({"0": {}}, "null", ': {"0": {}} is not an array'),
+        (0, "null", ": 0 is not an array"),
+        (False, "null", ": false is not an array"),
+        (["text"], "1", ': "text" is not an object'),
+        ([{}, None], "2", ": null is not an object"),
+        ([[]], "1", ": [] is not an object"),
+        ([{"core": "a"}, {"core": 5}], "2", ".core: 5 is not a text"),
+        ([{"landing": 5}], "1", ".landing: 5 is not an object"),
     ],
 )
-def test_rows_that_are_no_array_of_objects_are_refused(cores: Any, message: str) -> None:
-    records: Records = [{"id": 6}, {"id": 7, "stage": {"cores": cores}}]
-    with pytest.raises(PipelineError) as refused:
-        rows_of(records, CORES)
-    assert str(refused.value).startswith("public.things, launch_id=7, position=")
-    assert str(refused.value).endswith(f": stage.cores[]: {message}")
+def test_a_misfit_in_the_elements_is_named(cores: Any, position: str, message: str) -> None:
+    said = refusal([{"id": 6}, {"id": 7, "stage": {"cores": cores}}], CORES)
+    assert said == f"public.cores, launch_id=7, position={position}: stage.cores[]{message}"
+
+
+def test_a_misfit_in_the_parent_is_named_by_its_path_in_the_source() -> None:
+    said = refusal([{"id": "x", "stage": {"cores": [{}]}}], CORES)
+    assert said == 'public.cores, launch_id="x", position=1: id: "x" is not an integer'
 
 
 # --- transform: paths ---------------------------------------------------------------------------
@@ -324,10 +312,8 @@ NESTED = table_of({"id": "integer", "a.b.c": "integer", "a.d": "integer", "a.b":
 )
 def test_nested_paths(record: Record, row: list[str]) -> None:
     other = {"id": 8, "a": {"b": {"c": 5}, "d": 6}}
-    assert rows_of([other, record | {"id": 9}], NESTED) == [
-        ["8", "5", "6", '{"c":5}'],
-        ["9", *row],
-    ]
+    rows = [["8", "5", "6", '{"c":5}'], ["9", *row]]
+    assert rows_of([other, record | {"id": 9}], NESTED) == rows
 
 
 @pytest.mark.parametrize(
@@ -343,27 +329,8 @@ def test_nested_paths(record: Record, row: list[str]) -> None:
     ],
 )
 def test_what_is_not_of_the_configured_shape_is_refused(record: Record, message: str) -> None:
-    with pytest.raises(PipelineError) as refused:
-        rows_of([{"id": 8}, record | {"id": 9}, {"id": 10}], NESTED)
-    assert str(refused.value) == f"public.things, id=9: {message}"
-
-
-def test_a_misfit_in_an_element_names_the_path_in_the_source() -> None:
-    records: Records = [{"id": 4, "stage": {"cores": [{"core": "a"}, {"core": "0123456789"}]}}]
-    with pytest.raises(PipelineError) as refused:
-        rows_of(records, CORES)
-    assert str(refused.value) == (
-        "public.things, launch_id=4, position=2: stage.cores[].core: "
-        '"0123456789" has a text of 10 bytes, at most 9 fit'
-    )
-
-
-def test_a_misfit_in_the_parent_names_the_path_in_the_source() -> None:
-    with pytest.raises(PipelineError) as refused:
-        rows_of([{"id": "x", "stage": {"cores": [{}]}}], CORES)
-    assert str(refused.value) == (
-        'public.things, launch_id="x", position=1: id: "x" is not an integer'
-    )
+    said = refusal([{"id": 8}, record | {"id": 9}, {"id": 10}], NESTED)
+    assert said == f"public.things, id=9: {message}"
 
 
 # --- transform: values --------------------------------------------------------------------------
@@ -372,11 +339,7 @@ def test_a_misfit_in_the_parent_names_the_path_in_the_source() -> None:
 def cell(type_: str, text: str) -> str:
     """A JSON value as the CSV file has it in a column of this type, between two nulls."""
     table = table_of({"id": "integer", "a.v": type_})
-    records: Records = [
-        {"id": 1},
-        {"id": 2, "a": {"v": parsed(text)}},
-        {"id": 3, "a": {"v": None}},
-    ]
+    records: Records = [{"id": 1}, {"id": 2, "a": {"v": parsed(text)}}, {"id": 3, "a": {"v": None}}]
     before, row, after = rows_of(records, table)
     assert (before, after) == (["1", "NULL"], ["3", "NULL"])
     assert row[0] == "2"
@@ -394,12 +357,8 @@ FITS: dict[str, list[str | tuple[str, str]]] = {
     "bigint": ["-9223372036854775808", "9223372036854775807", "9007199254740993"],
     "real": [("1", "1.0"), "0.1", ("0", "0.0"), ("-3.4028234e38", "-3.4028234e+38")],
     "double precision": [
-        ("5", "5.0"),
-        "0.1",
-        ("0.1000000000000000055511151231257827", "0.1"),
-        ("1e22", "1e+22"),
-        ("0e5", "0.0"),
-        ("-1.7976931348623157e308", "-1.7976931348623157e+308"),
+        *("0.1", ("0.1000000000000000055511151231257827", "0.1"), ("5", "5.0"), ("0e5", "0.0")),
+        *(("1e22", "1e+22"), ("-1.7976931348623157e308", "-1.7976931348623157e+308")),
         "2.2250738585072014e-308",
     ],
     "decimal(5,2)": [
@@ -531,14 +490,14 @@ BREAKING = [
 def test_a_value_that_does_not_fit_is_named(type_: str, text: str, shown: str, rule: str) -> None:
     with pytest.raises(PipelineError) as refused:
         cell(type_, text)
-    message = str(refused.value)
-    assert message.startswith(f"public.things, id=2: a.v: {shown} ")
-    assert rule in message.removeprefix(f"public.things, id=2: a.v: {shown} ")
+    before, named, said = str(refused.value).partition(f"public.things, id=2: a.v: {shown} ")
+    assert not before
+    assert named
+    assert rule in said
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["1.1754944e-38", "3.4028235e38", "3.4028234663852886e38", "1.17549435e-38"],
+    "text", ["1.1754944e-38", "3.4028235e38", "3.4028234663852886e38", "1.17549435e-38"]
 )
 def test_a_number_that_rounds_to_the_border_of_real_fits(text: str) -> None:
     assert float(cell("real", text)) == pytest.approx(float(text), rel=1e-7)
@@ -554,61 +513,42 @@ def test_a_value_too_deep_for_super_is_refused() -> None:
     value: Any = "x" * 20_000
     for _ in range(5_000):
         value = [value]
-    table = table_of({"id": "integer", "v": "super"})
-    with pytest.raises(PipelineError, match="id=1: v: a deeply nested list is not JSON that"):
-        rows_of([{"id": 1, "v": value}], table)
+    said = refusal([{"id": 1, "v": value}], table_of({"id": "integer", "v": "super"}))
+    assert said.startswith("public.things, id=1: v: a deeply nested list is not JSON that")
 
 
 # --- transform: nulls and keys ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "type_", ["boolean", "bigint", "real", "decimal(5,2)", "varchar(9)", "date", "timestamptz"]
-)
+TYPES = ["boolean", "bigint", "real", "decimal(5,2)", "varchar(9)", "date", "timestamptz"]
+
+
+@pytest.mark.parametrize("type_", TYPES)
 @pytest.mark.parametrize("value", [{}, {"v": None}], ids=["absent", "null"])
 def test_null_in_a_column_that_is_not_null_is_refused(type_: str, value: dict[str, None]) -> None:
     table = table_of({"id": "integer", "v": f"{type_} not null"})
-    with pytest.raises(PipelineError) as refused:
-        rows_of([{"id": 5} | value], table)
-    assert str(refused.value) == "public.things, id=5: v: null in a column that is not null"
+    said = refusal([{"id": 5} | value], table)
+    assert said == "public.things, id=5: v: null in a column that is not null"
 
 
 def test_null_in_the_key_is_refused() -> None:
     table = table_of({"id": "integer", "part.n": "integer"}, ["id", "part_n"])
-    with pytest.raises(PipelineError) as refused:
-        rows_of([{"id": 1, "part": {"n": 1}}, {"id": 2}], table)
-    assert str(refused.value) == "public.things, id=2, part_n=null: part.n: null in the key"
+    said = refusal([{"id": 1, "part": {"n": 1}}, {"id": 2}], table)
+    assert said == "public.things, id=2, part_n=null: part.n: null in the key"
 
 
 def test_columns_of_nothing_but_null() -> None:
-    types = [
-        "boolean",
-        "bigint",
-        "real",
-        "decimal(5,2)",
-        "varchar(9)",
-        "date",
-        "timestamp",
-        "super",
-    ]
-    table = table_of({"id": "integer"} | {f"v{n}": type_ for n, type_ in enumerate(types)})
-    assert rows_of([{"id": 1}, {"id": 2}], table) == [[n, *["NULL"] * 8] for n in ("1", "2")]
+    types = enumerate([*TYPES, "timestamp", "super"])
+    table = table_of({"id": "integer"} | {f"v{n}": type_ for n, type_ in types})
+    assert rows_of([{"id": 1}, {"id": 2}], table) == [[n, *["NULL"] * 9] for n in ("1", "2")]
 
 
 def test_doubles_are_refused_and_named() -> None:
     table = table_of({"id": "integer", "name": "varchar(9)", "n": "integer"}, ["id", "name"])
-    records = [
-        {"id": 1, "name": "a", "n": 1},
-        {"id": 1, "name": "b", "n": 2},
-        {"id": 2, "name": "a", "n": 3},
-        {"id": 1, "name": "b", "n": 4},
-        {"id": 2, "name": "a", "n": 5},
-    ]
-    with pytest.raises(PipelineError) as refused:
-        rows_of(records, table)
-    assert str(refused.value) == (
-        'public.things: more than one row has the key id=1, name="b"; id=2, name="a"'
-    )
+    keys = [(1, "a"), (1, "b"), (2, "a"), (1, "b"), (2, "a")]
+    records: Records = [{"id": key[0], "name": key[1], "n": n} for n, key in enumerate(keys)]
+    said = refusal(records, table)
+    assert said == 'public.things: more than one row has the key id=1, name="b"; id=2, name="a"'
     assert len(rows_of(records[:3], table)) == 3
 
 
@@ -623,9 +563,8 @@ def test_doubles_are_refused_and_named() -> None:
     ],
 )
 def test_a_key_written_in_two_ways_is_a_double(type_: str, values: list[str]) -> None:
-    table = table_of({"id": type_})
-    with pytest.raises(PipelineError, match="more than one row has the key id="):
-        rows_of([{"id": parsed(value)} for value in values], table)
+    said = refusal([{"id": parsed(value)} for value in values], table_of({"id": type_}))
+    assert "more than one row has the key id=" in said
 
 
 def test_texts_of_a_key_that_differ_are_no_doubles() -> None:
@@ -638,89 +577,42 @@ def test_texts_of_a_key_that_differ_are_no_doubles() -> None:
 
 UNKNOWN = "the source has fields that no table loads: "
 MISSING = "no record has the field {}, so its column is null"
-DRIFT = config_of(
-    {
-        "public.launches": {
-            "key": "id",
-            "columns": {"id": "integer", "links.patch.small": "varchar(9)", "stage": "super"},
-        },
-        "public.cores": {
-            "rows": "stage.cores",
-            "parent": "launch",
-            "key": ["launch_id", "position"],
-            "columns": CORE_COLUMNS | {"landing.pad": "varchar(9)"},
-        },
-        "public.ships": {
-            "rows": "ships",
-            "parent": "launch",
-            "key": ["launch_id", "position"],
-            "columns": {"launch.id": "integer", "position": "smallint", "value": "varchar(9)"},
-        },
-    }
-)
-COMPLETE: dict[str, Any] = {
+COMPLETE: Record = {
     "id": 1,
     "links": {"patch": {"small": "x"}},
     "stage": {"cores": [{"core": "a", "landing": {"pad": "b"}}]},
     "ships": ["s"],
 }
+MORE: Record = {
+    "crew": [],
+    "links": {"patch": {"small": "x", "large": None}, "wiki": {"en": ""}},
+    "stage": {"cores": [{"core": "a", "legs": True, "landing": {"pad": "b", "zone": 4}}]},
+}
+MORE_PATHS = "crew, links.patch.large, links.wiki, stage.cores[].landing.zone, stage.cores[].legs"
+LESS: Record = {"id": 1, "links": {"patch": {}}, "stage": {"cores": [{}]}, "ships": []}
+LESS_PATHS = "links.patch.small stage.cores[].core stage.cores[].landing.pad ships[].value"
+
+# The records, which are transformed one by one, and what is logged of them.
+DRIFTS: dict[str, tuple[Records, set[str]]] = {
+    "none": ([COMPLETE], set()),
+    "a field of one record is enough": ([{"id": 2}, COMPLETE, {"id": 3, "links": None}], set()),
+    "null is no missing field": ([COMPLETE | {"links": {"patch": {"small": None}}}], set()),
+    "unknown": ([COMPLETE | MORE], {UNKNOWN + MORE_PATHS}),
+    "missing": ([LESS], set(map(MISSING.format, LESS_PATHS.split()))),
+    "renamed": (
+        [COMPLETE | {"links": {"patch": {"Small": "x"}}}],
+        {UNKNOWN + "links.patch.Small", MISSING.format("links.patch.small")},
+    ),
+}
 
 
-def drift(caplog: pytest.LogCaptureFixture, *records: dict[str, Any]) -> set[str]:
-    """What is logged of these records, which are transformed one by one."""
+@pytest.mark.parametrize("case", DRIFTS)
+def test_drift_is_logged(caplog: pytest.LogCaptureFixture, case: str) -> None:
+    records, logged = DRIFTS[case]
     with caplog.at_level(logging.INFO, "sequra_challenge"):
-        helpers.warn_of_drift(records, DRIFT.tables)
+        helpers.warn_of_drift(records, (LAUNCHES, CORES, SHIPS))
     assert {record.levelname for record in caplog.records} <= {"WARNING"}
-    assert len(caplog.messages) == len(set(caplog.messages))
-    return set(caplog.messages)
-
-
-def test_no_drift_no_warning(caplog: pytest.LogCaptureFixture) -> None:
-    assert drift(caplog, COMPLETE) == set()
-
-
-def test_a_field_of_one_record_is_enough(caplog: pytest.LogCaptureFixture) -> None:
-    assert drift(caplog, {"id": 2}, COMPLETE, {"id": 3, "links": None}) == set()
-
-
-def test_null_is_no_missing_field(caplog: pytest.LogCaptureFixture) -> None:
-    patch = {"links": {"patch": {"small": None}}}
-    assert drift(caplog, COMPLETE | patch) == set()
-
-
-def test_unknown_fields_are_named_by_their_paths(caplog: pytest.LogCaptureFixture) -> None:
-    record = {
-        "id": 1,
-        "crew": [],
-        "links": {"patch": {"small": "x", "large": None}, "wiki": {"en": ""}},
-        "stage": {"cores": [{"core": "a", "legs": True, "landing": {"pad": "b", "zone": 4}}]},
-        "ships": ["s"],
-    }
-    assert drift(caplog, record) == {
-        f"{UNKNOWN}crew, links.patch.large, links.wiki, stage.cores[].landing.zone, "
-        "stage.cores[].legs"
-    }
-
-
-def test_missing_fields_are_named_by_their_paths(caplog: pytest.LogCaptureFixture) -> None:
-    record = {"id": 1, "links": {"patch": {}}, "stage": {"cores": [{}]}, "ships": []}
-    assert drift(caplog, record) == {
-        MISSING.format(path)
-        for path in (
-            "links.patch.small",
-            "stage.cores[].core",
-            "stage.cores[].landing.pad",
-            "ships[].value",
-        )
-    }
-
-
-def test_a_renamed_field_is_both(caplog: pytest.LogCaptureFixture) -> None:
-    record = {**COMPLETE, "links": {"patch": {"Small": "x"}}}
-    assert drift(caplog, record) == {
-        UNKNOWN + "links.patch.Small",
-        MISSING.format("links.patch.small"),
-    }
+    assert sorted(caplog.messages) == sorted(logged)
 
 
 # --- CSV ----------------------------------------------------------------------------------------
@@ -767,10 +659,7 @@ def test_a_text_with_quotes_among_many(number: int) -> None:
     cells[number] = '""""'
     table = table_of({"text": "varchar(9)", "n": "integer"}, "n")
     records: Records = [{"text": text, "n": n} for n, text in enumerate(texts)]
-    assert csv_of(records, table).split("\n") == [
-        *(f"{cell},{n}" for n, cell in enumerate(cells)),
-        "",
-    ]
+    assert csv_of(records, table) == "".join(f"{cell},{n}\n" for n, cell in enumerate(cells))
 
 
 def test_no_rows_are_no_text() -> None:
