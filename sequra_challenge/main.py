@@ -167,6 +167,7 @@ class Source:
     """Where the records come from."""
 
     url: str = setting(r".+")
+    written_url: str = ""  # as the file has it, with ${NAME}
     records: str = setting(PATH, "")
     next: str = setting(PATH, "")
     max_pages: int = setting(r"[1-9]\d{0,6}", 1000)
@@ -298,8 +299,8 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def load_config(path: Path) -> Config:
-    """Reads and checks the configuration.
+def load_config(path: Path, url: str | None = None) -> Config:
+    """Reads and checks the configuration; another URL takes the place of ``source.url``.
 
     Raises ConfigError with all faults in one message, each with its path in the file.
     """
@@ -314,56 +315,49 @@ def load_config(path: Path) -> Config:
     sections = read_mapping(document, "", faults, names)
     config = Config(
         name=path.stem,
-        source=read_section(Source, sections, faults),
-        staging=read_section(Staging, sections, faults),
-        redshift=read_section(Redshift, sections, faults),
-        alerts=read_section(Alerts, sections, faults),
+        source=read_section(Source, sections.get("source"), "source", faults),
+        staging=read_section(Staging, sections.get("staging"), "staging", faults),
+        redshift=read_section(Redshift, sections.get("redshift"), "redshift", faults),
+        alerts=read_section(Alerts, sections.get("alerts"), "alerts", faults),
         tables=read_tables(sections.get("tables"), faults),
     )
     headers = expand_headers(config.source.headers, faults)
+    written_url = url or config.source.url or ""
+    url = expand(written_url, "source.url", faults)
     role = config.redshift.copy_role or os.environ.get("AWS_ROLE_ARN") or None
     if faults:
         wrong = ConfigError("\n  ".join([f"{path} has {len(faults)} fault(s):", *faults]))
         if not any(fault.startswith("alerts") for fault in faults):
             wrong.alerts = config.alerts
         raise wrong
-    source = replace(config.source, headers=headers)
+    source = replace(config.source, url=url, written_url=written_url, headers=headers)
     return replace(config, source=source, redshift=replace(config.redshift, copy_role=role))
-
-
-def read_section(kind: type, sections: dict[str, Any], faults: list[str]) -> Any:
-    """A section of the file, as its dataclass."""
-    name = kind.__name__.lower()
-    return kind(**read_settings(kind, sections.get(name), name, faults))
 
 
 def read_tables(given: Any, faults: list[str]) -> tuple[Table, ...]:
     """The tables that the file describes, by name."""
-    tables: list[Table] = []
-    settings = read_mapping(given, "tables", faults)
-    if not settings:
+    tables = list[Table]()
+    sections = read_mapping(given, "tables", faults)
+    if not sections:
         faults.append("tables: missing")
-    for name, of_table in settings.items():
-        values = read_settings(Table, of_table, f"tables.{name}", faults)
-        if not values["columns"]:
-            faults.append(f"tables.{name}.columns: missing")
-        columns = tuple(
-            replace(c, in_key=c.name in (values["key"] or ())) for c in values["columns"]
-        )
-        values |= {"name": name, "staging": f"staging_{len(tables) + 1}", "columns": columns}
-        tables.append(Table(**values))
+    for number, (name, section) in enumerate(sections.items(), 1):
+        names = {"name": name, "staging": f"staging_{number}"}
+        table = read_section(Table, section, f"tables.{name}", faults, **names)
+        columns = tuple(replace(c, in_key=c.name in (table.key or ())) for c in table.columns)
+        tables.append(replace(table, columns=columns))
         faults += table_faults(tables[-1])
     return tuple(tables)
 
 
-def read_settings(kind: type, given: Any, at: str, faults: list[str]) -> dict[str, Any]:
-    """The settings of a section, with their defaults; what is wrong is added to the faults."""
+def read_section(kind: type, given: Any, at: str, faults: list[str], **names: str) -> Any:
+    """A section of the file, as its dataclass; what is wrong with it is added to the faults."""
     rules = {rule.name: rule for rule in fields(kind) if rule.metadata}
     types, settings = get_type_hints(kind), read_mapping(given, at, faults, rules)
-    return {
+    values = {
         name: read_setting(rule, types[name], settings.get(name), f"{at}.{name}", faults)
         for name, rule in rules.items()
     }
+    return kind(**values, **names)
 
 
 def read_mapping(given: Any, at: str, faults: list[str], names: Iterable[str] = ()) -> Any:
@@ -443,6 +437,8 @@ def join_path(names: Iterable[str]) -> str:
 def table_faults(table: Table) -> Iterator[str]:
     """What is wrong with a table although each of its settings is as it must be."""
     at = f"tables.{table.name}"
+    if not table.columns:
+        yield f"{at}.columns: missing"
     if not re.fullmatch(rf"{NAME}\.{NAME}", table.name):
         yield f"{at}: must be schema.table, each matching {NAME}"
     for column in table.columns:
@@ -475,19 +471,26 @@ def table_faults(table: Table) -> Iterator[str]:
         yield f"{at}: rows and parent go together"
 
 
+def expand(text: str, at: str, faults: list[str]) -> str:
+    """The text with the variables of the environment, which are hidden, in the place of ${NAME}."""
+
+    def value(found: re.Match[str]) -> str:
+        text = os.environ.get(found[1], "")
+        if not text:
+            faults.append(f"{at}: {found[0]} is not set in the environment")
+        hide(text)
+        return text
+
+    return re.sub(r"\$\{(\w+)\}", value, text)
+
+
 def expand_headers(headers: dict[str, str], faults: list[str]) -> dict[str, str]:
-    """The headers with the variables of the environment in the place of ${NAME}."""
-    expanded = {}
-    for name, text in headers.items():
-        variables = {v: os.environ.get(v, "") for v in re.findall(r"\$\{(\w+)\}", text)}
-        sent = re.sub(r"\$\{(\w+)\}", lambda found: os.environ.get(found[1], ""), text)
-        hide(*variables.values())
-        for variable in (v for v, value in variables.items() if not value):
-            faults.append(f"source.headers.{name}: ${{{variable}}} is not set in the environment")
-        if not re.fullmatch(r"[\w-]+: [ -~]*", f"{name}: {sent}", re.ASCII):
+    """The headers as they are sent."""
+    sent = {name: expand(text, f"source.headers.{name}", faults) for name, text in headers.items()}
+    for name, text in sent.items():
+        if not re.fullmatch(r"[\w-]+: [ -~]*", f"{name}: {text}", re.ASCII):
             faults.append(f"source.headers.{name}: has characters that no header can have")
-        expanded[name] = sent
-    return expanded
+    return sent
 
 
 # --- log ----------------------------------------------------------------------------------------
@@ -558,7 +561,7 @@ class LogFormatter(logging.Formatter):
 def hide(*values: str) -> None:
     """Has these texts masked wherever something is shown, also as URLs and JSON write them."""
     for value in filter(re.compile(r"\w").search, values):
-        forms = {value, quote(value, safe="", errors="replace")}
+        forms = {value, quote(value, safe="", errors="replace"), join_path([value])}
         for _ in "a server sends JSON", "and we show its text as JSON":
             forms |= {form.replace("/", r"\/") for form in forms}
             forms |= {
@@ -641,8 +644,8 @@ def step(name: str, figures: dict[str, Any] | None = None) -> Iterator[dict[str,
     try:
         yield figures
     except (OSError, botocore.exceptions.BotoCoreError) as error:
-        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-        where = f" in {tempfile.gettempdir()}" if full else ""
+        is_full = getattr(error, "errno", None) == errno.ENOSPC
+        where = f" in {tempfile.gettempdir()}" if is_full else ""
         raise PipelineError(f"{error}{where}") from None
     except MemoryError:
         raise PipelineError("not enough memory: a record takes several times its size") from None
@@ -1530,7 +1533,7 @@ class Stager:
             entries = [{"url": url, "mandatory": True} for url in urls]
             manifest.write_text(json.dumps({"entries": entries}, indent=2))
             self._upload(name, manifest)
-        source = masked(self.run.config.source.url)
+        source = masked(self.run.config.source.written_url)
         return {"source": source, "raw": self.run.url("raw", raw.name), "sha256": sha256}
 
     def _append(self, table: Table, lines: list[bytes]) -> None:
@@ -1903,6 +1906,10 @@ def audit_table(config: Config) -> Table:
     return Table(name=config.redshift.audit_table, columns=tuple(columns), key=())
 
 
+WIDEN_ADVICE = (
+    "; no row has changed. A column cannot be widened while a view uses it, nor with a DEFAULT or "
+    "one of the encodings BYTEDICT, RUNLENGTH, TEXT255 and TEXT32K"
+)
 COLUMNS_SQL = """SELECT column_name, data_type, character_maximum_length, numeric_precision,
   numeric_scale
 FROM svv_columns
@@ -1930,11 +1937,7 @@ def prepare_targets(cursor: Any, config: Config) -> None:
             elif has and has.kind == column.kind == "varchar":
                 if has.arguments < column.arguments:
                     sql = f"{alter} ALTER COLUMN {quoted(column.name)} TYPE {column.type}"
-                    changes[sql] = (
-                        f"; no row has changed. The column {column.name} of {table.name} cannot be "
-                        "widened while a view uses it, nor with a DEFAULT or one of the encodings "
-                        f"BYTEDICT, RUNLENGTH, TEXT255 and TEXT32K: remove that, or {fix}"
-                    )
+                    changes[sql] = f"{WIDEN_ADVICE}: remove that, or {fix}"
             elif has is None or has.type != column.type:
                 faults.append(
                     f"{table.name}: the column {column.name} is {has.type if has else 'missing'} "
@@ -2230,7 +2233,7 @@ def run_steps(run: Run, dry_run: bool) -> str:
         folder = Path(tempfile.gettempdir(), f"sequra-{secrets.token_hex(8)}")
         at_end.callback(remove, folder)
         folder.mkdir(mode=0o700)
-        log.info("%s from %s", run.id, masked(config.source.url))
+        log.info("%s from %s", run.id, masked(config.source.written_url))
         if not dry_run:
             context["step"] = "connect"
             check_login(config.redshift)
@@ -2305,21 +2308,20 @@ def print_dry_run(run: Run, parts: dict[str, list[Path]]) -> None:
 def stoppable() -> Iterator[None]:
     """The first SIGINT (Ctrl-C) or SIGTERM raises Stopped inside; later ones do nothing."""
 
-    def ignore_all() -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
     def stop(number: int, _frame: Any) -> None:
-        ignore_all()
+        on_signals(signal.SIG_IGN)
         Stopped.by_signal = Stopped(number)
         raise Stopped.by_signal
 
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
+    def on_signals(handler: Any) -> None:
+        signal.signal(signal.SIGINT, handler)
+        signal.signal(signal.SIGTERM, handler)
+
+    on_signals(stop)
     try:
         yield
     finally:
-        ignore_all()
+        on_signals(signal.SIG_IGN)
 
 
 # --- main ---------------------------------------------------------------------------------------
@@ -2337,10 +2339,8 @@ def main(arguments: list[str] | None = None) -> int:
     # swallow what a handler raises, too.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
-        config = load_config(options.config)
+        config = load_config(options.config, options.source)
         import_packages()
-        url = options.source or config.source.url
-        config = replace(config, source=replace(config.source, url=url))
         heartbeat = urlsplit(config.alerts.heartbeat_url or "")
         hide(heartbeat.query, heartbeat.path)
         if options.test_alerts:

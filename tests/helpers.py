@@ -558,6 +558,11 @@ def logged(text: str) -> str:
     return main.escaped(main.masked(text))
 
 
+def masked(text: str) -> str:
+    """A text as the log shows it."""
+    return main.masked(text)
+
+
 def shorten(value: Any) -> str:
     """A value as messages show it."""
     return main.shorten(value)

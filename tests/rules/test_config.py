@@ -155,6 +155,7 @@ REQUIRED = ["source.url", "staging.bucket", "redshift.secret"]
         (f"{OPEN} / parent", "launch", f"{LAUNCHES}: rows and parent"),
         (f"{ELEMENTS} / parent", REMOVED, f"{CORES}: rows and parent"),
         ("source / headers", {"Key": "${NO}"}, "source.headers.Key: ${NO} is not set"),
+        ("source / url", "https://example.org/${NO}", "source.url: ${NO} is not set"),
         ("redshift / audit_table", "null", "redshift.audit_table: cannot be null, "),
     ],
 )
