@@ -1361,10 +1361,11 @@ def warn_of_drift(tables: tuple[Table, ...], names: FieldNames) -> None:
     for table in tables:
         rows = split_path(table.rows)
         known |= {join_path(rows[: n + 1]) for n in range(len(rows))}
-        for path in (column.path for column in table.columns):
-            known |= {source_path(table, path[: n + 1]) for n in range(len(path))}
-            if (table.name,) in names:  # a table without rows has not looked at any field
-                wanted.add(source_path(table, path))
+        for column in table.columns:
+            known |= {source_path(table, column.path[: n + 1]) for n in range(len(column.path))}
+        paths = {source_path(table, column.path) for column in table.columns}
+        if paths & met:  # a table without rows has not looked at any field
+            wanted |= paths
         wanted.discard(f"{table.rows}[].position")  # counted where it is not served
     unknown = [p if p.isprintable() else shorten(p) for p in sorted(met - known)]
     if unknown:
