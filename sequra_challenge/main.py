@@ -700,9 +700,8 @@ def extract(config: Config, folder: Path, figures: dict[str, Any]) -> Path:
     else:
         target = Path(source.url).expanduser()
         if not target.is_file():
-            raise PipelineError(
-                f"the source {masked(source.url)} is not a file, nor a URL of http, https or s3"
-            )
+            what = "is not a file, nor a URL of http, https or s3"
+            raise PipelineError(f"the source {masked(source.url)} {what}")
     return target
 
 
@@ -715,9 +714,8 @@ def http_session(headers: dict[str, str]) -> requests.Session:
         if location := session.get_redirect_target(response):
             url = absolute_url(response.url, location, "a redirect")
             if response.url.startswith("https:") > url.startswith("https:"):
-                raise PipelineError(
-                    f"{masked(response.url)} redirects to {masked(url)}, without TLS"
-                )
+                here, there = masked(response.url), masked(url)
+                raise PipelineError(f"{here} redirects to {there}, without TLS")
             if is_elsewhere(response.url, url):
                 for name in headers:
                     response.request.headers.pop(name, None)
@@ -742,27 +740,17 @@ def absolute_url(base: str, reference: str, what: str) -> str:
     """
     with contextlib.suppress(ValueError):
         url = urljoin(base, reference)
-        if reference.isprintable() and not re.search(r"[\\ ]", reference) and origin(url)[1]:
+        host = urllib3.util.parse_url(url).host
+        if host and reference.isprintable() and not re.search(r"[\\ ]", reference):
             return url
     rule = "is not a URL, or has a space, a backslash or a control character"
     raise PipelineError(f"{what} {rule}: {shorten(reference)}")
 
 
-def origin(url: str) -> tuple[str | None, str | None, int | None]:
-    """Scheme, host and port of a URL, as they are for the library that connects."""
-    parts = urllib3.util.parse_url(url)
-    return (
-        parts.scheme,
-        parts.host,
-        parts.port or {"http": 80, "https": 443}.get(parts.scheme or ""),
-    )
-
-
 def is_elsewhere(url: str, other: str) -> bool:
     """Whether what is secret for one URL must not be sent to the other."""
-    here, there = origin(url), origin(other)
-    gains_tls = (here, there) == (("http", here[1], 80), ("https", here[1], 443))
-    return here != there and not gains_tls
+    session: Any = requests.Session()
+    return bool(session.should_strip_auth(url, other))
 
 
 def download(
@@ -774,19 +762,21 @@ def download(
     connection errors, time-outs, a body that ends early, 408 and 5xx a few times, and 429 until
     ``max_wait`` seconds would have been waited.
     """
-    before, late = figures.get("bytes", 0), f"GET {masked(url)}: no end after source.answer_seconds"
+    get, before = f"GET {masked(url)}", figures.get("bytes", 0)
+    errors = requests.RequestException, urllib3.exceptions.HTTPError, ValueError, *BROKEN_GZIP
     tries, failures, give_up = 0, 0, time.monotonic() + source.max_wait
     while True:
-        tries += 1
+        tries, status = tries + 1, 0
         wait = min(2**tries, 60) * random.uniform(0.5, 1)
         try:
             with (
-                limit_seconds(source.answer_seconds, late),
+                limit_seconds(source.answer_seconds, get),
                 session.get(url, stream=True, timeout=HTTP_TIMEOUT) as response,
             ):
+                status = response.status_code
                 with contextlib.suppress(urllib3.exceptions.HTTPError, ValueError, OverflowError):
                     wait = urllib3.Retry().get_retry_after(response.raw) or wait
-                if response.status_code != 200:
+                if status != 200:
                     raise requests.HTTPError(response=response)
                 length = response.raw.length_remaining if "pages" not in figures else None
                 with target.open("wb") as file:
@@ -799,23 +789,17 @@ def download(
             if "next" in response.links and not source.next:
                 log.warning("there are more pages, named in the header Link: set source.next: Link")
             return
-        except (
-            requests.RequestException,
-            urllib3.exceptions.HTTPError,
-            ValueError,
-            *BROKEN_GZIP,
-        ) as error:
-            reason, status, may_pass = error_text(error), http_status(error), is_transient(error)
+        except errors as error:
+            reason, may_pass = request_failure(error)
         failures += status != 429
         if failures == HTTP_TRIES or not may_pass:
             kind = UnavailableError if may_pass else PipelineError
-            raise kind(f"GET {masked(url)}: {reason}, attempt {tries}")
+            raise kind(f"{get}: {reason}, attempt {tries}")
         at = datetime.now(UTC) + timedelta(seconds=wait)
         again = f"again in {wait:.1f} s, at {at:%H:%M:%SZ}"
         if time.monotonic() + wait > give_up:
             limit = f"source.max_wait, {source.max_wait} s"
-            what = f"GET {masked(url)}: {reason}"
-            raise UnavailableError(f"gave up: {what}; {again}, would be after {limit}")
+            raise UnavailableError(f"gave up: {get}: {reason}; {again}, would be after {limit}")
         log.warning("%s, trying %s", reason, again)
         pause(wait)
 
@@ -825,7 +809,7 @@ def limit_seconds(seconds: int, what: str) -> Iterator[None]:
     """Raises PipelineError inside after so long: a source that drips keeps all other time-outs."""
 
     def end(*_: Any) -> None:
-        raise PipelineError(f"{what}, {seconds} s")
+        raise PipelineError(f"{what}: no end after source.answer_seconds, {seconds} s")
 
     signal.signal(signal.SIGALRM, end)
     signal.setitimer(signal.ITIMER_REAL, seconds, 1)  # again, if an except: swallows the first
@@ -841,33 +825,12 @@ def decoded(response: requests.Response) -> Iterator[bytes]:
     Gzip is decoded here: urllib3 takes it for whole wherever it breaks off between two blocks.
     """
     coding = response.headers.get("Content-Encoding", "").strip().lower()
-    if coding in ("", "identity"):
-        yield from iter(partial(response.raw.read, 1 << 16), b"")
-    elif coding in ("gzip", "x-gzip"):
-        yield from iter(partial(gzip.GzipFile(fileobj=response.raw).read, 1 << 16), b"")
-        if not response.raw.tell():
-            raise EOFError("not even the header of gzip has come")
-    else:
+    if coding not in ("", "identity", "gzip", "x-gzip"):
         raise PipelineError(f"the answer has the coding {shorten(coding)}, not gzip or none")
-
-
-def http_status(error: Exception) -> int | None:
-    """The status of an answer that is an error."""
-    return error.response.status_code if isinstance(error, requests.HTTPError) else None
-
-
-def is_transient(error: Exception) -> bool:
-    """Whether a request that failed may succeed the next time."""
-    if (status := http_status(error)) is not None:
-        return status in (408, 429) or (status >= 500 and status != 501)
-    return broke_off(error) and not isinstance(root_cause(error), ssl.SSLCertVerificationError)
-
-
-def broke_off(error: Exception) -> bool:
-    """Whether a request failed on its way, or its answer on its way back."""
-    on_its_way = requests.ConnectionError, requests.Timeout
-    back = urllib3.exceptions.ProtocolError, urllib3.exceptions.TimeoutError, *BROKEN_GZIP
-    return isinstance(error, (*on_its_way, *back))
+    body: Any = gzip.GzipFile(fileobj=response.raw) if "gzip" in coding else response.raw
+    yield from iter(partial(body.read, 1 << 16), b"")
+    if "gzip" in coding and not response.raw.tell():
+        raise EOFError("not even the header of gzip has come")
 
 
 def root_cause(error: BaseException) -> BaseException:
@@ -877,15 +840,28 @@ def root_cause(error: BaseException) -> BaseException:
     return root_cause(inner) if inner else error
 
 
-def error_text(error: Exception) -> str:
-    """What a request failed for, without its URL, which may be secret: requests shows it."""
+def request_failure(error: Exception) -> tuple[str, bool]:
+    """What a request failed for, and whether it may succeed the next time.
+
+    Shows no URL, which may be secret; what requests says has it.
+    """
     if isinstance(error, requests.HTTPError):
-        return f"HTTP {error.response.status_code} {error.response.reason}"
-    if broke_off(error):
-        return f"{type(error).__name__}: {root_cause(error)}"
+        status, reason = error.response.status_code, error.response.reason
+        return f"HTTP {status} {reason}", status in (408, 429) or (status >= 500 and status != 501)
+    on_its_way = requests.ConnectionError, requests.Timeout
+    back = urllib3.exceptions.ProtocolError, urllib3.exceptions.TimeoutError, *BROKEN_GZIP
+    if isinstance(error, (*on_its_way, *back)):
+        cause = root_cause(error)
+        may_pass = not isinstance(cause, ssl.SSLCertVerificationError)
+        return f"{type(error).__name__}: {cause}", may_pass
     if isinstance(error, requests.RequestException | urllib3.exceptions.HTTPError | ValueError):
-        return type(error).__name__
-    return str(error)
+        return type(error).__name__, False
+    return str(error), False
+
+
+def error_text(error: Exception) -> str:
+    """What failed, without the URL of a request."""
+    return request_failure(error)[0]
 
 
 def download_pages(
@@ -905,12 +881,13 @@ def download_pages(
     with (folder / "pages").open("w") as file:
         while url:
             page = len(seen) + 1
+            this = f"page {page}, {masked(url)},"
             if page > source.max_pages:
-                raise page_error(page, url, "is one more than source.max_pages")
+                raise PipelineError(f"{this} is one more than source.max_pages")
             if url in seen:
-                raise page_error(page, url, "was there before")
+                raise PipelineError(f"{this} was there before")
             if is_elsewhere(source.url, url):
-                raise page_error(page, url, "is on another host, or without TLS")
+                raise PipelineError(f"{this} is on another host, or without TLS")
             seen.add(url)
             download(session, url, folder / "response", source, figures)
             records, url = read_page(source, url, folder / "response")
@@ -928,33 +905,24 @@ def download_pages(
     return folder / "response.ndjson"
 
 
-def page_error(page: int, url: str, what: str) -> PipelineError:
-    """What is wrong with the URL of a page."""
-    return PipelineError(f"page {page}, {masked(url)}, {what}")
-
-
 def read_page(source: Source, url: str, file: Path) -> tuple[list[Any], str]:
     """The records in one answer, and the URL of the next page, which is "" after the last."""
-
-    def error(what: str) -> PipelineError:
-        return PipelineError(f"GET {masked(url)}: {what}")
-
-    text = b""
+    get, text = f"GET {masked(url)}", b""
     try:
         with open_body(file) as body:
             text = body.read()
         page = json.loads(text, parse_float=Decimal)
-    except UNREADABLE as unreadable:
+    except UNREADABLE as error:
         begins = shorten(text[:2000].decode(errors="replace"), 200)
-        raise error(f"not JSON: {unreadable}, it begins {begins}") from None
+        raise PipelineError(f"{get}: not JSON: {error}, it begins {begins}") from None
     records = dig(page, split_path(source.records))
     if not isinstance(records, list):
-        raise error(f"no array at source.records: {shorten(page, 200)}")
+        raise PipelineError(f"{get}: no array at source.records: {shorten(page, 200)}")
     following = next_page(source, page) if source.next else None
     if following in (None, ""):
         return records, ""
     if not isinstance(following, str) or not re.match(r"https?://|[/?]", following):
-        raise error(f"no URL at source.next: {shorten(following)}")
+        raise PipelineError(f"{get}: no URL at source.next: {shorten(following)}")
     return records, absolute_url(url, following, "source.next")
 
 
@@ -1222,10 +1190,8 @@ def fit(column: Column, values: Sequence[Any]) -> Sequence[Any]:
     Raises Unfit with the rule that one of them breaks. Only numbers for real, double precision and
     in super are rounded, to the nearest that these hold.
     """
-    if column.in_key and None in values:
-        raise Unfit("in the key")
-    if column.not_null and None in values:
-        raise Unfit("in a column that is not null")
+    if (column.in_key or column.not_null) and None in values:
+        raise Unfit("in the key" if column.in_key else "in a column that is not null")
     match column.kind:
         case "object":  # not a type of a column, but what stands on the way to one
             refuse_others(values, "an object", dict)
@@ -1298,11 +1264,8 @@ def to_decimal(column: Column, number: int | Decimal | str) -> str:
 
 DATE = r"\d{4}-\d\d-\d\d"
 TIME = rf"{DATE}[T ]\d\d:\d\d:\d\d(\.\d{{1,6}})?"
-TIMES = {
-    "date": re.compile(DATE, re.ASCII),
-    "timestamp": re.compile(TIME, re.ASCII),
-    "timestamptz": re.compile(rf"{TIME}(Z|[+-]\d\d(:?\d\d)?)", re.ASCII),
-}
+PATTERNS = {"date": DATE, "timestamp": TIME, "timestamptz": rf"{TIME}(Z|[+-]\d\d(:?\d\d)?)"}
+TIMES = {kind: re.compile(pattern, re.ASCII) for kind, pattern in PATTERNS.items()}
 EXAMPLES = {
     "date": "a date such as 2006-03-24",
     "timestamp": "a timestamp such as 2006-03-24T22:30:00.123456, without an offset",
@@ -1391,22 +1354,23 @@ def refuse_doubles(table: Table, keys: list[dict[Any, Any]]) -> None:
 
 def warn_of_drift(tables: tuple[Table, ...], names: FieldNames) -> None:
     """Logs the fields that no table loads, and those that no record has."""
+    by_name = {table.name: table for table in tables}
     met = {
-        source_path(table, (*path, name))
-        for table in tables
-        for path in (column.path for column in table.objects)
-        for name in names[table.name, *path]
+        source_path(by_name[table], (*path, name))
+        for (table, *path), found in names.items()
+        for name in found
     }
-    columns = [(table, column.path) for table in tables for column in table.columns]
-    # A table without rows has not looked at any field.
-    with_rows = [table for table, path in columns if source_path(table, path) in met]
-    wanted = {source_path(table, path) for table, path in columns if table in with_rows}
-    wanted -= {f"{table.rows}[].position" for table in tables}  # counted where it is not served
-    known = {source_path(t, path[: n + 1]) for t, path in columns for n in range(len(path))}
+    known, wanted = {""}, set[str]()
     for table in tables:
-        path = split_path(table.rows)
-        known |= {join_path(path[: n + 1]) for n in range(len(path))}
-    unknown = [p if p.isprintable() else shorten(p) for p in sorted(met - known - {""})]
+        rows = split_path(table.rows)
+        known |= {join_path(rows[: n + 1]) for n in range(len(rows))}
+        for column in table.columns:
+            known |= {source_path(table, column.path[: n + 1]) for n in range(len(column.path))}
+        paths = {source_path(table, column.path) for column in table.columns}
+        if paths & met:  # a table without rows has not looked at any field
+            wanted |= paths
+        wanted.discard(f"{table.rows}[].position")  # counted where it is not served
+    unknown = [p if p.isprintable() else shorten(p) for p in sorted(met - known)]
     if unknown:
         log.warning("the source has fields that no table loads: %s", ", ".join(unknown))
     for missing in sorted(wanted - met - {""}):
