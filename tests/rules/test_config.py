@@ -142,14 +142,12 @@ def test_a_wrong_setting_is_refused(at: str, value: Any, said: str) -> None:
     assert [fault for fault in faults(valid_but(at, value)) if fault.startswith(setting + said)]
 
 
-REQUIRED = ["source.url", "staging.bucket", "redshift.secret"]
-
-
 @pytest.mark.parametrize(
     ("at", "value", "fault"),
     [
-        *((each.partition(".")[0], REMOVED, f"{each}: missing") for each in REQUIRED),
-        *((each.partition(".")[0], None, f"{each}: missing") for each in REQUIRED),
+        ("source", None, "source.url: missing"),
+        ("staging", None, "staging.bucket: missing"),
+        ("redshift", REMOVED, "redshift.secret: missing"),
         (OPEN, None, f"{LAUNCHES}.columns: missing"),
         (f"{OPEN} / rows", "cores", f"{LAUNCHES}: rows and parent"),
         (f"{OPEN} / parent", "launch", f"{LAUNCHES}: rows and parent"),
@@ -236,13 +234,6 @@ def test_a_name_is_in_snake_case(path: str) -> None:
     assert table_of({path: "integer"}, NAMES[path]).columns[0].name == NAMES[path]
 
 
-def test_two_names_that_become_one_are_refused() -> None:
-    columns = COLUMNS | dict.fromkeys(("shipTo", "ship.to", "ship_to"), "date")
-    assert faults(valid_but(f"{OPEN} / columns", columns)) == [
-        f"{LAUNCHES}.columns: 3 paths give 'ship_to': say \"as another_name\""
-    ]
-
-
 def test_all_faults_are_in_one_message() -> None:
     found = faults("""
 source: {}
@@ -311,30 +302,24 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path, name: str, said
         load_config(tmp_path / name)
 
 
-@pytest.mark.parametrize("name", ["on", "off", "yes", "no", "y", "n", "true", "false"])
-def test_a_word_that_yaml_takes_as_a_boolean_is_a_column(name: str) -> None:
-    (table,) = read(f"""
-source: {{url: x}}
-staging: {{bucket: bucket, prefix: spacex}}
-redshift: {{secret: s}}
-tables: {{public.t: {{key: {name}, columns: {{{name}: integer}}}}}}
-""").tables
-    assert (table.key, table.columns[0].path) == ((name,), (name,))
-
-
 def test_a_scalar_is_the_text_that_stands_there() -> None:
     config = read("""
 source: {url: x, max_wait: "007", headers: {X-Version: 1.10, X-Day: 2026-11-22, X-Flag: on}}
 staging: {bucket: 123, prefix: 2026, part_mb: "1"}
 redshift: {secret: s, audit_table: "null.x", connect_seconds: 0}
 alerts: {on: success}
-tables: {public.t: {key: a, columns: {a: date}}}
+tables:
+  public.t:
+    key: on
+    columns: {on: date, off: date, yes: date, no: date, y: date, n: date, true: date, false: date}
 """)
     source, staging, redshift = config.source, config.staging, config.redshift
     assert (staging.bucket, staging.prefix, redshift.audit_table) == ("123", "2026", "null.x")
     assert (source.max_wait, staging.part_mb, redshift.connect_seconds) == (7, 1, 0)
     assert source.headers == {"X-Version": "1.10", "X-Day": "2026-11-22", "X-Flag": "on"}
-    assert (config.alerts.on, config.tables[0].min_rows) == (("success",), 1)
+    (table,) = config.tables
+    assert (config.alerts.on, table.min_rows, table.key) == (("success",), 1, ("on",))
+    assert table.names == ["on", "off", "yes", "no", "y", "n", "true", "false"]
 
 
 @pytest.mark.parametrize("null", ["", "~", "null", "Null", "NULL"])
@@ -390,8 +375,6 @@ def test_the_shipped_configuration_loads_every_field_of_the_sample(sample: Path)
     served = set().union(*map(paths_in, records))
     assert len(served) > 30
     assert served <= {column.path for column in launches.columns}
-    assert {(name,) for record in records for name in record} <= {
-        column.path[:1] for column in launches.columns
-    }
+    assert set().union(*records) <= {column.path[0] for column in launches.columns}
     elements = [core for record in records for core in record["cores"]]
-    assert {(name,) for core in elements for name in core} <= {c.path for c in cores.columns}
+    assert {(name,) for name in set().union(*elements)} <= {c.path for c in cores.columns}

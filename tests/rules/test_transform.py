@@ -87,31 +87,6 @@ def test_batches_are_bounded(tmp_path: Path, join: str) -> None:
     assert max(map(sum, batches)) <= 1050  # a record that did not end yet, and two pieces more
 
 
-ACROSS_BOUNDARIES = {
-    "texts": r'[{"a": "\ud83d\ude80 \u00e9 \\ \" \/ \b\f\n\r\t é 🚀 , ] } [ {"}, {"": "\ud83d"}]',
-    "long": '[{"long": "' + "abcdefghi\\\\" * 300 + '"}, {"after": 1}]',
-    "numbers": '[{"a": [0, -1, 12345678901234567890, -1.5, 1e5, 1E-5, 2.5e+10, 0.10]}]',
-    "words": '[{"words": [true, false, null, NaN, Infinity, -Infinity]}, {"next": true}]',
-    "nested": '[{"nested": {"a": [{"b": [[], {}, [{}]]}, []]}}, {}, {}]',
-    "spaces": '[{ "a" :\n\t[ 1 ,  2 ] , "and" : { } }   ,\r\n   { "more" : "" }   ]   ',
-}
-
-
-@pytest.mark.parametrize("content", ACROSS_BOUNDARIES.values(), ids=ACROSS_BOUNDARIES)
-def test_records_across_the_boundaries_of_reads(tmp_path: Path, content: str) -> None:
-    for size in (*range(1, 8), *range(20, 90, 7), 1000):
-        with sizes(READ_CHARACTERS=size):
-            assert repr(list(read_records(file_of(tmp_path, content)))) == repr(parsed(content))
-
-
-def test_numbers_are_exact(tmp_path: Path) -> None:
-    digits = "0.1234567890123456789012345678901234567890"
-    text = f'[{{"fraction": {digits}, "integer": 9007199254740993, "one": 1.0}}]'
-    (record,) = read_records(file_of(tmp_path, text))
-    assert (str(record["fraction"]), record["integer"]) == (digits, 9007199254740993)
-    assert isinstance(record["one"], Decimal)
-
-
 @pytest.mark.parametrize(
     "content", ['[{"a": 1}, {"a": 2}, {"a": oops}]', '{"a": 1}\n{"a": 2}\n{"a": oops}\n']
 )
@@ -254,11 +229,6 @@ def test_elements_become_rows_and_the_source_is_not_changed() -> None:
     assert json.dumps(records) == before
 
 
-def test_elements_that_are_no_objects_become_the_value() -> None:
-    records: Records = [{"id": 1, "ships": ["x", None]}, {"id": 2, "ships": ["y"]}]
-    assert rows_of(records, SHIPS) == [["1", "1", "x"], ["1", "2", "NULL"], ["2", "1", "y"]]
-
-
 @pytest.mark.parametrize(
     "rest",
     [{}, {"stage": None}, {"stage": {}}, {"stage": {"cores": None}}, {"stage": {"cores": []}}],
@@ -399,14 +369,15 @@ FITS: dict[str, list[str | tuple[str, str]]] = {
         (r'{"é": "\ud83d\ude80\n\"\\"}', r'{"é":"🚀\n\"\\"}'),
     ],
 }
-FITTING = [
-    (type_, *((each, each) if isinstance(each, str) else each))
-    for type_, values in FITS.items()
-    for each in values
-]
 
 
-@pytest.mark.parametrize(("type_", "text", "written"), FITTING)
+def pairs(values: list[str | tuple[str, str]]) -> list[tuple[str, str]]:
+    return [(each, each) if isinstance(each, str) else each for each in values]
+
+
+@pytest.mark.parametrize(
+    ("type_", "text", "written"), [(type_, *pair) for type_ in FITS for pair in pairs(FITS[type_])]
+)
 def test_a_value_that_fits(type_: str, text: str, written: str) -> None:
     assert cell(type_, text) == written
 
@@ -479,15 +450,13 @@ BROKEN: dict[tuple[str, str], list[str | tuple[str, str]]] = {
         (json.dumps(["x" * 65_000] * 259), '["' + "x" * 78 + "…"),
     ],
 }
-BREAKING = [
-    (type_, *((each, each) if isinstance(each, str) else each), rule)
-    for (type_, rule), values in BROKEN.items()
-    for each in values
-]
 
 
-@pytest.mark.parametrize(("type_", "text", "shown", "rule"), BREAKING)
-def test_a_value_that_does_not_fit_is_named(type_: str, text: str, shown: str, rule: str) -> None:
+@pytest.mark.parametrize(
+    ("type_", "rule", "text", "shown"),
+    [(*rule, *pair) for rule in BROKEN for pair in pairs(BROKEN[rule])],
+)
+def test_a_value_that_does_not_fit_is_named(type_: str, rule: str, text: str, shown: str) -> None:
     with pytest.raises(PipelineError) as refused:
         cell(type_, text)
     before, named, said = str(refused.value).partition(f"public.things, id=2: a.v: {shown} ")
