@@ -109,7 +109,7 @@ SELECT rocket_name AS rocket, launchpad_full_name AS launchpad, count(*) AS laun
   min(date_utc) AS first, max(date_utc) AS last
 FROM public.launches_with_places
 GROUP BY 1, 2
-ORDER BY first""",
+ORDER BY first"""
 }
 
 

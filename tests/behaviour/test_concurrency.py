@@ -14,17 +14,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from helpers import (
-    AUDIT,
-    CORES,
-    LAUNCHES,
-    Done,
-    count,
-    loaded,
-    run_id,
-    serve,
-    shipped,
-)
+from helpers import AUDIT, CORES, LAUNCHES, Done, count, loaded, run_id, serve, shipped
 from helpers import fewer_launches as launches
 from redshift import ISOLATION, SNAPSHOT
 from sandbox import Sandbox

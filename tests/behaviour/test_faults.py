@@ -240,10 +240,7 @@ def measured(
     assert {name: len(now[name]) for name in ROWS} == ROWS
     statements = list(running_sandbox.redshift.statements)
     assert statements[-1] == "COMMIT"
-    yield Measured(
-        without_meta({name: now[name] for name in ROWS}),
-        statements,
-    )
+    yield Measured(without_meta({name: now[name] for name in ROWS}), statements)
     with running_sandbox.redshift.connect() as connection:
         connection.execute("DROP SCHEMA earlier CASCADE")
 

@@ -15,16 +15,7 @@ import pytest
 import yaml
 
 import helpers
-from helpers import (
-    AUDIT,
-    CORES,
-    LAUNCHES,
-    LOAD_TRIES,
-    REMOVED,
-    count,
-    serve,
-    shipped,
-)
+from helpers import AUDIT, CORES, LAUNCHES, LOAD_TRIES, REMOVED, count, serve, shipped
 from helpers import fewer_launches as launches
 from redshift import DropConnection
 from sandbox import BUCKET, SAMPLE, Sandbox

@@ -26,15 +26,7 @@ from helpers import (
     things,
     things_config,
 )
-from sandbox import (
-    BUCKET,
-    LIBRARY,
-    LIBRARY_CONFIG,
-    LIBRARY_PAGE,
-    LIBRARY_QUESTIONS,
-    ROOT,
-    Sandbox,
-)
+from sandbox import BUCKET, LIBRARY, LIBRARY_CONFIG, LIBRARY_PAGE, LIBRARY_QUESTIONS, ROOT, Sandbox
 
 Load = Callable[..., Done]
 
