@@ -288,7 +288,7 @@ class Sandbox:
         self.redshift.hook = None
         self.redshift.settings = {}
         self.redshift.statements.clear()
-        self.secrets.put_secret_value(SecretId=SECRET, SecretString=json.dumps(self.secret()))
+        self.set_secret()
         self.secrets.put_secret_value(SecretId=SLACK_SECRET, SecretString=self.slack.url)
         self.received()
         boto3.resource("s3", **self._aws_arguments).Bucket(BUCKET).objects.delete()
@@ -367,6 +367,14 @@ class Sandbox:
             "PASSWORD": PASSWORD,
         }
 
+    def set_secret(self, text: str = "", **changes: Any) -> None:
+        """Makes the secret this text, or what it is with changes; None removes a value."""
+        values = self.secret() | changes
+        text = text or json.dumps(
+            {name: values[name] for name in values if values[name] is not None}
+        )
+        self.secrets.put_secret_value(SecretId=SECRET, SecretString=text)
+
     def command(self, *arguments: str | Path) -> list[str]:
         """The program's command line; it reads the sandbox's source unless told otherwise."""
         if "--source" not in arguments:
@@ -441,6 +449,12 @@ class Sandbox:
             autocommit=True,
             **options,
         )
+
+    def as_user(self, *statements: str) -> None:
+        """Runs Redshift's SQL as the program's user: tables belong to their maker."""
+        with self.connect() as connection:
+            for statement in statements:
+                connection.execute(statement.encode())
 
     def psql(self) -> list[str]:
         """The psql command that looks into the tables, past the proxy: this psql has no TLS."""
