@@ -109,7 +109,7 @@ SELECT rocket_name AS rocket, launchpad_full_name AS launchpad, count(*) AS laun
   min(date_utc) AS first, max(date_utc) AS last
 FROM public.launches_with_places
 GROUP BY 1, 2
-ORDER BY first""",
+ORDER BY first"""
 }
 
 
@@ -267,9 +267,8 @@ class Sandbox:
                 "SSL_CERT_FILE": str(self.redshift.ca),
             }
             self.s3 = self.client("s3")
-            self.s3.create_bucket(
-                Bucket=BUCKET, CreateBucketConfiguration={"LocationConstraint": REGION}
-            )
+            where = {"LocationConstraint": REGION}
+            self.s3.create_bucket(Bucket=BUCKET, CreateBucketConfiguration=where)
             self.secrets = self.client("secretsmanager")
             self.secrets.create_secret(Name=SECRET, SecretString=json.dumps(self.secret()))
             self.secrets.create_secret(Name=SLACK_SECRET, SecretString=self.slack.url)
@@ -288,14 +287,13 @@ class Sandbox:
         self.redshift.hook = None
         self.redshift.settings = {}
         self.redshift.statements.clear()
-        self.secrets.put_secret_value(SecretId=SECRET, SecretString=json.dumps(self.secret()))
+        self.set_secret()
         self.secrets.put_secret_value(SecretId=SLACK_SECRET, SecretString=self.slack.url)
         self.received()
         boto3.resource("s3", **self._aws_arguments).Bucket(BUCKET).objects.delete()
         with self.redshift.connect() as connection:
-            connection.execute(
-                f'DROP SCHEMA public CASCADE; CREATE SCHEMA public AUTHORIZATION "{USER}"'
-            )
+            schema = f'CREATE SCHEMA public AUTHORIZATION "{USER}"'
+            connection.execute(f"DROP SCHEMA public CASCADE; {schema}".encode())
 
     def query(self, sql: str) -> list[dict[str, Any]]:
         """The rows that a statement gives, straight from PostgreSQL."""
@@ -313,16 +311,18 @@ class Sandbox:
 
     def subscribe(self) -> None:
         """Makes the SNS topic, with a queue as its subscriber."""
-        self.topic = self.client("sns").create_topic(Name=TOPIC)["TopicArn"]
+        sns = self.client("sns")
+        self.topic = sns.create_topic(Name=TOPIC)["TopicArn"]
         self.sqs = self.client("sqs")
         self.queue = self.sqs.create_queue(QueueName=TOPIC)["QueueUrl"]
         queue = self.topic.replace(":sns:", ":sqs:")
-        self.client("sns").subscribe(TopicArn=self.topic, Protocol="sqs", Endpoint=queue)
+        sns.subscribe(TopicArn=self.topic, Protocol="sqs", Endpoint=queue)
 
     def received(self) -> dict[str, list[Any]]:
         """What each channel has got since this was last asked."""
+        slack = [json.loads(body) for body in self.slack.posted]
         got: dict[str, list[Any]] = {
-            "slack": [json.loads(body) for body in self.slack.posted],
+            "slack": slack,
             "sns": [],
             "heartbeat": self.heartbeat.requests,
         }
@@ -359,13 +359,16 @@ class Sandbox:
 
     def secret(self) -> dict[str, Any]:
         """What the secret holds."""
-        return {
-            "HOST": self.redshift.host,
-            "PORT": self.redshift.port,
-            "DATABASE": DATABASE,
-            "USER": USER,
-            "PASSWORD": PASSWORD,
-        }
+        where = {"HOST": self.redshift.host, "PORT": self.redshift.port, "DATABASE": DATABASE}
+        return where | {"USER": USER, "PASSWORD": PASSWORD}
+
+    def set_secret(self, text: str = "", **changes: Any) -> None:
+        """Makes the secret this text, or what it is with changes; None removes a value."""
+        values = self.secret() | changes
+        text = text or json.dumps(
+            {name: values[name] for name in values if values[name] is not None}
+        )
+        self.secrets.put_secret_value(SecretId=SECRET, SecretString=text)
 
     def command(self, *arguments: str | Path) -> list[str]:
         """The program's command line; it reads the sandbox's source unless told otherwise."""
@@ -442,6 +445,12 @@ class Sandbox:
             **options,
         )
 
+    def as_user(self, *statements: str) -> None:
+        """Runs Redshift's SQL as the program's user: tables belong to their maker."""
+        with self.connect() as connection:
+            for statement in statements:
+                connection.execute(statement.encode())
+
     def psql(self) -> list[str]:
         """The psql command that looks into the tables, past the proxy: this psql has no TLS."""
         binary = self.redshift.cluster.bin_path / "psql"
@@ -456,12 +465,8 @@ def main() -> int:
     parser.add_argument("--config", help="a pipeline other than conf/pipeline.yaml")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that everything is stopped
-    arguments = [
-        text
-        for name in ("source", "config")
-        if getattr(options, name)
-        for text in (f"--{name}", getattr(options, name))
-    ]
+    given = {"--source": options.source, "--config": options.config}
+    arguments = [text for option in given.items() if option[1] for text in option]
     config = Path(options.config or PIPELINE).resolve()
     examples = {LIBRARY_CONFIG: LIBRARY_QUESTIONS, QUERY_CONFIG: QUERY_QUESTIONS}
     questions = ({PIPELINE: QUESTIONS} | examples).get(config, {})

@@ -14,14 +14,13 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from helpers import (
     CORES,
@@ -35,14 +34,17 @@ from helpers import (
     responds,
     run_id,
     serve,
+    shipped,
 )
 from sandbox import (
     BUG,
     NO_PAUSES,
     PING,
+    REGION,
     SAMPLE,
     SECRET,
     SLACK_SECRET,
+    TOPIC,
     WEBHOOK,
     Process,
     Sandbox,
@@ -54,6 +56,7 @@ Configure = Callable[..., tuple[str, Path]]
 
 HOST = socket.gethostname()
 REFUSES = "http://127.0.0.1:9"  # a port that nobody listens on
+GONE = f"arn:aws:sns:{REGION}:123456789012:gone"
 
 
 @pytest.fixture
@@ -63,11 +66,10 @@ def configure(sandbox: Sandbox, tmp_path: Path) -> Configure:
     def write(
         alerts: dict[str, Any] | None = None, name: str = "pipeline", **sections: dict[str, Any]
     ) -> tuple[str, Path]:
-        document = {key: value | sections.get(key, {}) for key, value in SHIPPED.items()}
-        document["alerts"] = sandbox.alerts() if alerts is None else alerts
-        path = tmp_path / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(document, sort_keys=False))
-        return "--config", path
+        alerts = sandbox.alerts() if alerts is None else alerts
+        others = {key: SHIPPED[key] | section for key, section in sections.items()}
+        option, path = shipped(tmp_path, others | {"alerts": alerts})
+        return option, path.rename(tmp_path / f"{name}.yaml")
 
     return write
 
@@ -112,6 +114,9 @@ def check_slack(chat: dict[str, Any], message: str) -> None:
 # --- what a failure says -------------------------------------------------------------------------
 
 
+NOT_FOUND = r"extract: GET http://127.0.0.1:\d+/v5/launches: HTTP 404 Not Found"
+
+
 def not_found(sandbox: Sandbox) -> None:
     sandbox.source.answers = [responds(404)]
 
@@ -132,14 +137,6 @@ def check_failure(
     assert [text for text in log_of(done, "WARNING") if text.startswith("alerts")] == []
 
 
-def test_a_failed_first_run(sandbox: Sandbox, configure: Configure) -> None:
-    not_found(sandbox)
-    done = sandbox.run(*JSON, *configure())
-    url = re.escape(sandbox.source.url)
-    missing = dict.fromkeys((LAUNCHES, CORES), "does not exist")
-    check_failure(sandbox, done, rf"extract: GET {url}: HTTP 404 Not Found", missing)
-
-
 def test_failed_runs_leave_the_tables_as_they_were(
     sandbox: Sandbox, configure: Configure, tmp_path: Path
 ) -> None:
@@ -151,7 +148,7 @@ def test_failed_runs_leave_the_tables_as_they_were(
     }
     config = configure()
     not_found(sandbox)
-    check_failure(sandbox, sandbox.run(*JSON, *config), "extract: GET", unchanged)
+    check_failure(sandbox, sandbox.run(*JSON, *config), NOT_FOUND, unchanged)
     sandbox.source.body = b"<!channel> & <http://evil.example|click>"
     done = sandbox.run(*JSON, *config)
     error = "transform: the source is HTML or XML.*<!channel> & <"
@@ -166,16 +163,25 @@ def test_failed_runs_leave_the_tables_as_they_were(
     check_failure(sandbox, done, ".*a bug", unchanged, rows)
 
 
-def started(sandbox: Sandbox, *arguments: str | Path) -> Process:
-    return sandbox.start(*JSON, *arguments, plainly=True)
-
-
 def ended(process: Process) -> Done:
     _, stderr = process.communicate(timeout=120)
     return Done(process.args, process.wait(), "", stderr)
 
 
-def test_a_stopped_run(sandbox: Sandbox, configure: Configure) -> None:
+SIGNALLED_AGAIN = """
+import requests
+
+def close(self, close=requests.Session.close):
+    os.kill(os.getpid(), signal.SIGINT)
+    close(self)
+
+requests.Session.close = close
+"""
+
+
+@pytest.mark.parametrize("again", ["", SIGNALLED_AGAIN], ids=["once", "again"])
+def test_a_stopped_run(sandbox: Sandbox, configure: Configure, again: str) -> None:
+    """A signal that comes while the program leaves what the first interrupted does nothing."""
     waiting, over = threading.Event(), threading.Event()
 
     def stall(_: BaseHTTPRequestHandler) -> None:
@@ -183,7 +189,7 @@ def test_a_stopped_run(sandbox: Sandbox, configure: Configure) -> None:
         over.wait(60)
 
     sandbox.source.answers = [stall]
-    process = started(sandbox, *configure())
+    process = sandbox.start(*JSON, *configure(), plainly=not again, patch=again)
     assert waiting.wait(60)
     process.send_signal(signal.SIGTERM)
     done = ended(process)
@@ -203,36 +209,21 @@ def test_a_signal_while_a_success_is_told(sandbox: Sandbox, configure: Configure
         answer(handler, 200)
 
     sandbox.slack.answers = [stop]
-    process = started(sandbox, *configure(sandbox.alerts("success")))
+    process = sandbox.start(*JSON, *configure(sandbox.alerts("success")), plainly=True)
     done = ended(process)
     assert (done.returncode, log_entries(done, "ERROR")) == (0, [])
     assert sorted(sandbox.received()) == ["heartbeat", "slack", "sns"]
 
 
-def refused(sandbox: Sandbox) -> None:
-    secret = json.dumps(sandbox.secret() | {"PORT": 9})
-    sandbox.secrets.put_secret_value(SecretId=SECRET, SecretString=secret)
-
-
-def no_json(sandbox: Sandbox) -> None:
-    sandbox.secrets.put_secret_value(SecretId=SECRET, SecretString="{")
-
-
 @pytest.mark.parametrize(
-    ("prepare", "status", "why"),
-    [
-        (refused, 75, "Connection refused"),
-        (no_json, 1, f"the secret {SECRET} is not a JSON object"),
-    ],
+    ("secret", "status", "why"),
+    [("", 75, "Connection refused"), ("{", 1, f"the secret {SECRET} is not a JSON object")],
+    ids=["refused", "no JSON"],
 )
 def test_tables_that_cannot_be_looked_up(
-    sandbox: Sandbox,
-    configure: Configure,
-    prepare: Callable[[Sandbox], None],
-    status: int,
-    why: str,
+    sandbox: Sandbox, configure: Configure, secret: str, status: int, why: str
 ) -> None:
-    prepare(sandbox)
+    sandbox.set_secret(secret, PORT=9)
     done = sandbox.run(*JSON, *configure(redshift={"connect_seconds": 0}))
     assert done.returncode == status
     (reason,) = log_of(done, "ERROR")
@@ -245,9 +236,8 @@ def test_a_huge_error(sandbox: Sandbox, configure: Configure) -> None:
     """Each table differs in each column; the message is cut for Slack."""
     for name in (LAUNCHES, CORES):
         columns = [path.replace(".", "_") for path in SHIPPED["tables"][name]["columns"]]
-        with sandbox.connect() as connection:
-            sql = ", ".join(f'"{column}" date' for column in columns)
-            connection.execute(f"CREATE TABLE {name} ({sql})".encode())
+        types = ", ".join(f'"{column}" date' for column in columns)
+        sandbox.as_user(f"CREATE TABLE {name} ({types})")
     done = sandbox.run(*JSON, *configure())
     (reason,) = log_of(done, "ERROR")
     assert len(reason) > 10_000
@@ -288,8 +278,7 @@ def test_successful_runs(sandbox: Sandbox, configure: Configure) -> None:
         del launch["auto_update"]
     serve(sandbox, served)
     sandbox.source.answers = [lambda handler: answer(handler, 503, Retry_After="0")]
-    with sandbox.connect() as connection:
-        connection.execute(f"ALTER TABLE {LAUNCHES} DROP COLUMN details".encode())
+    sandbox.as_user(f"ALTER TABLE {LAUNCHES} DROP COLUMN details")
     done = loaded(sandbox, *JSON, *config, patch=NO_PAUSES)
     tables = f"{LAUNCHES} 28 rows (-2), {CORES} {38 - lost} rows (-{lost})"
     check_success(sandbox, done, tables, "503", odd[:20], "auto_update", 'ADD COLUMN "details"')
@@ -366,6 +355,10 @@ def test_a_test_alert(sandbox: Sandbox, configure: Configure) -> None:
     assert "alerts" in done.stdout + done.stderr
 
 
+def set_webhook(sandbox: Sandbox, text: str) -> None:
+    sandbox.secrets.put_secret_value(SecretId=SLACK_SECRET, SecretString=text)
+
+
 @pytest.mark.parametrize("text", ['{"url": "%s"}', '{"URL": "%s", "note": 1}', "%s\n"])
 def test_forms_of_the_webhook_secret(sandbox: Sandbox, configure: Configure, text: str) -> None:
     set_webhook(sandbox, text % sandbox.slack.url)
@@ -373,48 +366,41 @@ def test_forms_of_the_webhook_secret(sandbox: Sandbox, configure: Configure, tex
     assert (done.returncode, done.stdout) == (0, "slack: sent\n"), done.stderr
 
 
-def set_webhook(sandbox: Sandbox, text: str) -> None:
-    sandbox.secrets.put_secret_value(SecretId=SLACK_SECRET, SecretString=text)
+def test_a_topic_may_be_in_another_region(sandbox: Sandbox, configure: Configure) -> None:
+    config = configure({"sns_topic": sandbox.topic.replace(REGION, "us-east-2")})
+    done = sandbox.run("--test-alerts", *config)
+    assert "NotFound" in done.stdout, "a topic that does not exist is as good as one that does"
+    sandbox.client("sns", region_name="us-east-2").create_topic(Name=TOPIC)
+    assert sandbox.run("--test-alerts", *config).stdout == "sns: sent\n"
 
 
-def answering(channel: str, status: int) -> Callable[[Sandbox], dict[str, str]]:
-    def break_(sandbox: Sandbox) -> dict[str, str]:
-        getattr(sandbox, channel).answers = [responds(status, b"no_team")] * 9
-        return {}
-
-    return break_
-
-
-def webhook(text: str) -> Callable[[Sandbox], dict[str, str]]:
-    def break_(sandbox: Sandbox) -> dict[str, str]:
-        set_webhook(sandbox, text)
-        return {}
-
-    return break_
-
-
-# Channel, what breaks it, why it says it was not told.
-BREAKS: dict[str, tuple[str, Callable[[Sandbox], dict[str, str]], str]] = {
-    "slack 404": ("slack", answering("slack", 404), "404"),
-    "refused": ("slack", webhook(f"{REFUSES}/{WEBHOOK}"), "refused"),
-    "unknown host": ("slack", webhook(f"https://nowhere.invalid/{WEBHOOK}"), "resol|known"),
-    "wrong port": ("slack", webhook(f"https://127.0.0.1:one/{WEBHOOK}"), "."),
-    "wrong brackets": ("slack", webhook(f"http://[/{WEBHOOK}"), "."),
-    "wrong host": ("slack", webhook(f"http://a..b/{WEBHOOK}"), "."),
-    "ftp": ("slack", webhook(f"ftp://127.0.0.1/{WEBHOOK}"), SLACK_SECRET),
-    "no URL": ("slack", webhook(WEBHOOK), SLACK_SECRET),
-    "JSON without URL": ("slack", webhook(json.dumps({"HOOK": WEBHOOK})), SLACK_SECRET),
-    "no secret": ("slack", lambda _: {"slack_webhook_secret": "no/such"}, "no/such"),
-    "no topic": ("sns", lambda sandbox: {"sns_topic": sandbox.topic + "-gone"}, "-gone.*NotFound"),
-    "heartbeat refused": ("heartbeat", lambda _: {"heartbeat_url": f"{REFUSES}/{PING}"}, "refused"),
+# Channel; Slack's status, the webhook or the settings that break it; why it was not told.
+BREAKS: dict[str, tuple[str, int | str | dict[str, str], str]] = {
+    "slack 404": ("slack", 404, "404"),
+    "refused": ("slack", f"{REFUSES}/{WEBHOOK}", "refused"),
+    "unknown host": ("slack", f"https://nowhere.invalid/{WEBHOOK}", "resol|known"),
+    "wrong port": ("slack", f"https://127.0.0.1:one/{WEBHOOK}", "."),
+    "wrong brackets": ("slack", f"http://[/{WEBHOOK}", "."),
+    "wrong host": ("slack", f"http://a..b/{WEBHOOK}", "."),
+    "ftp": ("slack", f"ftp://127.0.0.1/{WEBHOOK}", SLACK_SECRET),
+    "no URL": ("slack", WEBHOOK, SLACK_SECRET),
+    "JSON without URL": ("slack", json.dumps({"HOOK": WEBHOOK}), SLACK_SECRET),
+    "no secret": ("slack", {"slack_webhook_secret": "no/such"}, "no/such"),
+    "no topic": ("sns", {"sns_topic": GONE}, f"{GONE}.*NotFound"),
+    "heartbeat refused": ("heartbeat", {"heartbeat_url": f"{REFUSES}/{PING}"}, "refused"),
 }
 
 
-@pytest.mark.parametrize("break_", BREAKS)
-def test_a_channel_that_fails(sandbox: Sandbox, configure: Configure, break_: str) -> None:
+@pytest.mark.parametrize("case", BREAKS)
+def test_a_channel_that_fails(sandbox: Sandbox, configure: Configure, case: str) -> None:
     """The reason is told without the URL, and the other channels get theirs."""
-    channel, prepare, why = BREAKS[break_]
-    done = sandbox.run("--test-alerts", *configure(sandbox.alerts() | prepare(sandbox)))
+    channel, broken, why = BREAKS[case]
+    if isinstance(broken, int):
+        sandbox.slack.answers = [responds(broken, b"no_team")] * 9
+    if isinstance(broken, str):
+        set_webhook(sandbox, broken)
+    settings = broken if isinstance(broken, dict) else {}
+    done = sandbox.run("--test-alerts", *configure(sandbox.alerts() | settings))
     assert done.returncode == 1
     lines = sorted(done.stdout.splitlines())
     (failed,) = [line for line in lines if not line.endswith(": sent")]
@@ -429,7 +415,7 @@ def test_all_channels_fail(sandbox: Sandbox, configure: Configure, status: int) 
         server.answers = [responds(500)] * 9
     if status:
         not_found(sandbox)
-    alerts = sandbox.alerts("success", "failure") | {"sns_topic": sandbox.topic + "-gone"}
+    alerts = sandbox.alerts("success", "failure") | {"sns_topic": GONE}
     done = sandbox.run(*JSON, *configure(alerts))
     assert done.returncode == status, done.stderr
     told = {"slack", "sns"} if status else {"slack", "sns", "heartbeat"}
@@ -445,27 +431,6 @@ def warned(done: Done) -> set[str]:
 # --- channels that hang --------------------------------------------------------------------------
 
 
-@pytest.fixture
-def over() -> Iterator[threading.Event]:
-    """Set when the test is over: until then everything hangs."""
-    over = threading.Event()
-    yield over
-    over.set()
-
-
-@pytest.fixture
-def silent(over: threading.Event) -> Iterator[Source]:
-    """A server that accepts and never answers."""
-
-    def wait(_: BaseHTTPRequestHandler) -> None:
-        over.wait()
-
-    with Source(f"/services/{WEBHOOK}", b"") as server:
-        server.answers = [wait] * 99
-        yield server
-        over.set()
-
-
 # A name that nobody answers for: the resolver of the system tries for longer than we want to wait.
 HANG = """
 ALERT_SECONDS = 4
@@ -478,19 +443,12 @@ socket.getaddrinfo = getaddrinfo
 """
 
 
-def test_everything_hangs(
-    sandbox: Sandbox, configure: Configure, silent: Source, over: threading.Event
-) -> None:
+def test_everything_hangs(sandbox: Sandbox, configure: Configure) -> None:
     """Sending ends, here after four seconds instead of ten, and the run as it would have."""
-    quiet = silent.url.removesuffix(f"/services/{WEBHOOK}")
-    lost = "http://nowhere.invalid"
-    secrets = {
-        "silent/slack": silent.url,
-        "lost/slack": f"{lost}/{WEBHOOK}",
-        "silent/redshift": json.dumps(sandbox.secret() | {"PORT": silent.server.server_port}),
-    }
-    for name, text in secrets.items():
-        sandbox.secrets.create_secret(Name=name, SecretString=text)
+    over = threading.Event()
+
+    def wait(_: BaseHTTPRequestHandler) -> None:
+        over.wait()
 
     def drip(handler: BaseHTTPRequestHandler) -> None:
         handler.wfile.write(b"HTTP/1.1 200 OK\r\nSlow: ")
@@ -498,19 +456,27 @@ def test_everything_hangs(
             while not over.wait(0.2):
                 handler.wfile.write(b".")
 
-    sandbox.heartbeat.answers = [drip] * 9
-    channels = sandbox.alerts("success", "failure")
+    def start(name: str, *arguments: str, redshift: Any = (), **options: Any) -> Future[Done]:
+        alerts = sandbox.alerts("success", "failure") | options.pop("alerts", {})
+        config = configure(alerts, name, redshift=dict(redshift))
+        return pool.submit(sandbox.run, *JSON, *config, *arguments, patch=HANG, **options)
 
-    def start(
-        name: str, *arguments: str, alerts: Any = (), redshift: Any = (), **endpoints: str
-    ) -> Future[Done]:
-        config = configure(channels | dict(alerts), name, redshift=dict(redshift))
-        return pool.submit(sandbox.run, *JSON, *config, *arguments, patch=HANG, **endpoints)
-
-    fails = "--source", "/nowhere"
-    slack = {"slack_webhook_secret": "silent/slack"}
-    unknown = {"slack_webhook_secret": "lost/slack", "heartbeat_url": f"{lost}/{PING}"}
-    with ThreadPoolExecutor() as pool:
+    with contextlib.ExitStack() as stack:
+        silent = stack.enter_context(Source(f"/services/{WEBHOOK}", b""))
+        pool = stack.enter_context(ThreadPoolExecutor())
+        stack.callback(over.set)
+        silent.answers, sandbox.heartbeat.answers = [wait] * 99, [drip] * 9
+        quiet, lost = silent.at("").rstrip("/"), "http://nowhere.invalid"
+        secrets = {
+            "silent/slack": silent.url,
+            "lost/slack": f"{lost}/{WEBHOOK}",
+            "silent/redshift": json.dumps(sandbox.secret() | {"PORT": silent.server.server_port}),
+        }
+        for name, text in secrets.items():
+            sandbox.secrets.create_secret(Name=name, SecretString=text)
+        fails = "--source", "/nowhere"
+        slack = {"slack_webhook_secret": "silent/slack"}
+        unknown = {"slack_webhook_secret": "lost/slack", "heartbeat_url": f"{lost}/{PING}"}
         # With the exit status, and who is not told.
         runs = [
             (start("channels", alerts=slack, AWS_ENDPOINT_URL_SNS=quiet), 0, "heartbeat slack sns"),
@@ -518,14 +484,11 @@ def test_everything_hangs(
             (start("aws", *fails, AWS_ENDPOINT_URL=quiet), 75, "slack sns"),
             (start("redshift", *fails, redshift={"secret": "silent/redshift"}), 1, ""),
         ]
-    for future, status, told in runs:
-        done = future.result()
-        assert done.returncode == status, done.stderr
-        assert warned(done) == set(told.split()), done.stderr
-    lines = check_message(
-        sandbox,
-        f"redshift failed on {HOST}: extract: the source /nowhere is not a file, "
-        "nor a URL of http, https or s3",
-        heartbeat=True,  # the one that drips
-    )
+        for future, status, told in runs:
+            done = future.result()
+            assert done.returncode == status, done.stderr
+            assert warned(done) == set(told.split()), done.stderr
+    nowhere = "the source /nowhere is not a file, nor a URL of http, https or s3"
+    first = f"redshift failed on {HOST}: extract: {nowhere}"
+    lines = check_message(sandbox, first, heartbeat=True)  # to the one that drips
     assert not [line for line in lines if line.startswith("public.")]

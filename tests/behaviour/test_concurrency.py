@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
 
-from helpers import (
-    AUDIT,
-    CORES,
-    LAUNCHES,
-    Done,
-    count,
-    loaded,
-    run_id,
-    serve,
-    shipped,
-)
+from helpers import AUDIT, CORES, LAUNCHES, count, loaded, run_id, serve, shipped
 from helpers import fewer_launches as launches
 from redshift import ISOLATION, SNAPSHOT
 from sandbox import Sandbox
-
-Connect = Callable[[], psycopg.Connection[tuple[Any, ...]]]
 
 
 def cores(count: int) -> int:
@@ -37,41 +27,31 @@ def cores(count: int) -> int:
     return sum(len(launch["cores"]) for launch in launches(count))
 
 
-@pytest.fixture
-def connect(sandbox: Sandbox) -> Iterator[Connect]:
-    """Opens connections as an analyst does, who does not wait for a lock for ever."""
-    connections = []
-
-    def open_connection() -> psycopg.Connection[tuple[Any, ...]]:
-        connection = sandbox.connect(application_name="analyst")
+@contextlib.contextmanager
+def analyst(sandbox: Sandbox) -> Iterator[psycopg.Connection[tuple[Any, ...]]]:
+    """An analyst's connection, which does not wait for a lock for ever."""
+    with sandbox.connect(application_name="analyst") as connection:
         connection.execute("SET lock_timeout = '60s'")
-        connections.append(connection)
-        return connection
-
-    yield open_connection
-    for connection in connections:
-        connection.close()
+        yield connection
     # The next test drops the tables; the proxy may not have noticed yet that they left.
     while sandbox.query("SELECT pid FROM pg_stat_activity WHERE application_name = 'analyst'"):
         time.sleep(0.02)
 
 
-def at_once(sandbox: Sandbox, arguments: list[list[str | Path]]) -> list[Done]:
-    """Runs a loader for each list of arguments, all at once; returns their ends."""
-    loaders = [sandbox.start(*each) for each in arguments]
-    try:
-        logs = [loader.communicate(timeout=120)[1] for loader in loaders]
-    finally:
-        for loader in loaders:
-            loader.kill()
-    return [Done(each.args, each.wait(), "", log) for each, log in zip(loaders, logs, strict=True)]
+def at_once(sandbox: Sandbox, arguments: list[list[str | Path]]) -> list[str]:
+    """The ids of runs with these arguments, all at once, which all succeed."""
+    with ThreadPoolExecutor(len(arguments)) as pool:
+        return [run_id(done) for done in pool.map(lambda each: loaded(sandbox, *each), arguments)]
 
 
-def documents(folder: Path, counts: list[int]) -> list[list[str | Path]]:
-    """The arguments for loaders of documents with so many launches."""
-    for number in counts:
-        (folder / f"{number}.json").write_text(json.dumps(launches(number)))
-    return [["--source", folder / f"{number}.json"] for number in counts]
+def load_documents_at_once(sandbox: Sandbox, folder: Path) -> dict[str, int]:
+    """Four runs, all at once, with the number of launches that each loads."""
+    counts = [30, 29, 28, 27]
+    sources = [folder / f"{number}.json" for number in counts]
+    for source, number in zip(sources, counts, strict=True):
+        source.write_text(json.dumps(launches(number)))
+    runs = at_once(sandbox, [["--source", source] for source in sources])
+    return dict(zip(runs, counts, strict=True))
 
 
 def check_complete(sandbox: Sandbox) -> tuple[int, str]:
@@ -96,9 +76,8 @@ def check_history(sandbox: Sandbox, loaders: dict[str, int]) -> None:
     assert [row["_loaded_at"] for row in rows] == sorted(row["_loaded_at"] for row in rows)
     for table, rows_of in ((LAUNCHES, int), (CORES, cores)):
         history = [row for row in rows if row["table_name"] == table]
-        assert [row["rows_before"] for row in history[1:]] == [
-            row["rows_loaded"] for row in history[:-1]
-        ]
+        left = [row["rows_loaded"] for row in history[:-1]]
+        assert [row["rows_before"] for row in history[1:]] == left
         latest = {row["_run_id"]: row["rows_loaded"] for row in history[-len(loaders) :]}
         assert latest == {run: rows_of(count) for run, count in loaders.items()}
         assert check_complete(sandbox) == (loaders[rows[-1]["_run_id"]], rows[-1]["_run_id"])
@@ -110,7 +89,7 @@ def check_history(sandbox: Sandbox, loaders: dict[str, int]) -> None:
 def test_readers_see_whole_states_and_wait_for_nothing(sandbox: Sandbox) -> None:
     first = run_id(loaded(sandbox))
     serve(sandbox, launches(28))
-    start = len(sandbox.redshift.statements)
+    sandbox.redshift.statements.clear()
     seen: list[Any] = []
 
     def read(connection: psycopg.Connection[Any]) -> list[Any]:
@@ -135,33 +114,28 @@ def test_readers_see_whole_states_and_wait_for_nothing(sandbox: Sandbox) -> None
         assert read(early) == new
     assert [state for state, _ in itertools.groupby(seen)] == [old, new]
     assert "trying again" not in done.stderr  # the readers are in nobody's way
-    # Nobody ever asks for a target as a whole.
-    statements = sandbox.redshift.statements[start:]
-    locking = [text for text in statements if re.match(r"\s*(LOCK|TRUNCATE)\b", text, re.I)]
-    assert locking == ['LOCK "public"."etl_runs"']
+    assert locks(sandbox) == ['LOCK "public"."etl_runs"']
 
 
-def test_long_query_of_an_analyst(sandbox: Sandbox, connect: Connect) -> None:
+def test_long_query_of_an_analyst(sandbox: Sandbox) -> None:
     """The load does not wait for it, nor it for the load: it ends when the load has long ended."""
     first = run_id(loaded(sandbox))
     seen: list[Any] = []
 
-    def analyse(connection: Any) -> None:
-        with connection.transaction():
+    def analyse() -> None:
+        with analyst(sandbox) as connection, connection.transaction():
             connection.execute(f"SELECT count(*) FROM {LAUNCHES}")
             connection.execute("SELECT pg_advisory_lock_shared(1)")
             sql = f"SELECT DISTINCT _run_id FROM {LAUNCHES} JOIN {CORES} USING (_run_id)"
             seen.extend(connection.execute(sql.encode()).fetchall())
 
-    def scan(connection: Any) -> None:
+    def scan() -> None:
         sql = f"SELECT _run_id, pg_advisory_lock_shared(1) FROM {LAUNCHES}"
-        seen.extend(dict.fromkeys((run,) for run, _ in connection.execute(sql.encode())))
+        with analyst(sandbox) as connection:
+            seen.extend(dict.fromkeys((run,) for run, _ in connection.execute(sql.encode())))
 
     waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'advisory'"
-    threads = [
-        threading.Thread(target=target, args=(connect(),), daemon=True)
-        for target in (analyse, scan)
-    ]
+    threads = [threading.Thread(target=target, daemon=True) for target in (analyse, scan)]
     with sandbox.redshift.connect() as holder:
         holder.execute("SELECT pg_advisory_lock(1)")
         for thread in threads:
@@ -177,14 +151,11 @@ def test_long_query_of_an_analyst(sandbox: Sandbox, connect: Connect) -> None:
     assert check_complete(sandbox) == (30, second)
 
 
-def test_open_transaction_on_the_audit_table(
-    sandbox: Sandbox, connect: Connect, tmp_path: Path
-) -> None:
+def test_open_transaction_on_the_audit_table(sandbox: Sandbox, tmp_path: Path) -> None:
     """The one table that loaders lock: a load waits, and gives up in time and with its name."""
     loaded(sandbox)
     run = check_complete(sandbox)
-    connection = connect()
-    with connection.transaction():
+    with analyst(sandbox) as connection, connection.transaction():
         connection.execute(f"SELECT count(*) FROM {AUDIT}")
         done = sandbox.run(*shipped(tmp_path, {"redshift / statement_seconds": 3}))
         assert done.returncode == 1
@@ -208,8 +179,10 @@ def isolation(sandbox: Sandbox, request: pytest.FixtureRequest) -> None:
 in_either_isolation = pytest.mark.usefixtures("isolation")
 
 
-def check_all_ended_well(ends: list[Done]) -> None:
-    assert {done.returncode for done in ends} == {0}, "\n".join(done.stderr for done in ends)
+def locks(sandbox: Sandbox) -> list[str]:
+    """The statements that lock a table; nobody ever asks for a target as a whole."""
+    statements = sandbox.redshift.statements
+    return [sql for sql in statements if re.match(r"\s*(LOCK|TRUNCATE)\b", sql, re.I)]
 
 
 @in_either_isolation
@@ -218,29 +191,19 @@ def test_four_loaders_at_once(sandbox: Sandbox, tmp_path: Path, tables: str) -> 
     before = tables == "loaded before"
     if before:
         loaded(sandbox)
-    start = len(sandbox.redshift.statements)
-    counts = [30, 29, 28, 27]
-    ends = at_once(sandbox, documents(tmp_path, counts))
-    check_all_ended_well(ends)
-    runs = {run_id(done): rows for done, rows in zip(ends, counts, strict=True)}
-    assert count(sandbox, AUDIT) == 2 * (before + len(runs)) == 2 * (before + 4)
+    sandbox.redshift.statements.clear()
+    runs = load_documents_at_once(sandbox, tmp_path)
+    assert count(sandbox, AUDIT) == 2 * (before + 4)
     check_history(sandbox, runs)
-    statements = sandbox.redshift.statements[start:]
-    locking = [text for text in statements if re.match(r"\s*(LOCK|TRUNCATE)\b", text, re.I)]
-    assert set(locking) == {'LOCK "public"."etl_runs"'}
+    assert set(locks(sandbox)) == {'LOCK "public"."etl_runs"'}
 
 
 @in_either_isolation
 def test_new_column_by_four_loaders_at_once(sandbox: Sandbox, tmp_path: Path) -> None:
     loaded(sandbox)
-    with sandbox.redshift.connect() as connection:
-        connection.execute(f"ALTER TABLE {LAUNCHES} DROP COLUMN details, DROP COLUMN rocket")
-        connection.execute(f"ALTER TABLE {CORES} DROP COLUMN core")
-        connection.execute(f"ALTER TABLE {AUDIT} DROP COLUMN raw")
-    counts = [30, 29, 28, 27]
-    ends = at_once(sandbox, documents(tmp_path, counts))
-    check_all_ended_well(ends)
-    check_history(sandbox, {run_id(done): rows for done, rows in zip(ends, counts, strict=True)})
+    for name, columns in {LAUNCHES: ["details", "rocket"], CORES: ["core"], AUDIT: ["raw"]}.items():
+        sandbox.as_user(*(f"ALTER TABLE {name} DROP COLUMN {column}" for column in columns))
+    check_history(sandbox, load_documents_at_once(sandbox, tmp_path))
     expected = {launch["id"]: (launch["details"], launch["rocket"]) for launch in launches(30)}
     rows = sandbox.query(f"SELECT id, details, rocket FROM {LAUNCHES}")
     assert all(expected[row["id"]] == (row["details"], row["rocket"]) for row in rows)
@@ -258,9 +221,7 @@ def test_upserts_at_once(sandbox: Sandbox, tmp_path: Path) -> None:
         source = tmp_path / f"slice{number}.json"
         source.write_text(json.dumps(document))
         arguments.append([*config, "--source", source])
-    ends = at_once(sandbox, arguments)
-    check_all_ended_well(ends)
-    writers = {run_id(done): document for done, document in zip(ends, slices, strict=True)}
+    writers = dict(zip(at_once(sandbox, arguments), slices, strict=True))
     rows = sandbox.query(f"SELECT id, _run_id FROM {LAUNCHES}")
     assert sorted(row["id"] for row in rows) == sorted(launch["id"] for launch in launches(30))
     last_of = {

@@ -8,7 +8,6 @@ temporary files, the exit status and the message.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import random
 import re
@@ -36,15 +35,15 @@ from helpers import (
     Answer,
     FlakyProxy,
     Records,
+    launches,
     refusing,
-    responds,
+    serve,
     shipped_with,
 )
 from helpers import LOAD_TRIES as TRIES
 from redshift import DropConnection
 from sandbox import (
     BUCKET,
-    DATABASE,
     NO_PAUSES,
     PASSWORD,
     SAMPLE,
@@ -76,30 +75,29 @@ class Done:
 
     @property
     def error(self) -> str:
-        """The message it ended with."""
-        return "\n".join(text for level, text in self.logged() if level == "ERROR")
+        return "\n".join(self.logged("ERROR"))
 
     @property
     def warnings(self) -> list[str]:
-        return [text for level, text in self.logged() if level == "WARNING"]
+        return self.logged("WARNING")
 
-    def logged(self) -> list[tuple[str, str]]:
-        """Level and text of what was logged. Nothing else may be there, such as a traceback."""
-        entries: list[tuple[str, str]] = []
+    def logged(self, level: str) -> list[str]:
+        """The messages of a level. Nothing else may be in the log, such as a traceback."""
+        entries: list[list[str]] = []
         for line in self.stderr.splitlines():
             if match := LOG_LINE.fullmatch(line):
-                entries.append((match[1], match[2]))
+                entries.append([match[1], match[2]])
             else:
                 assert line.startswith("  "), f"not a line of the log: {self.stderr}"
-                entries[-1] = (entries[-1][0], entries[-1][1] + "\n" + line)
-        return entries
+                entries[-1][1] += f"\n{line}"
+        return [text for its_level, text in entries if its_level == level]
 
 
 @dataclass(frozen=True)
 class Measured:
     """What a normal run into existing tables does."""
 
-    content: Tables  # its rows, without what each run writes anew
+    content: Tables
     statements: list[str]
 
 
@@ -115,27 +113,16 @@ class World:
     def tables(self) -> Tables:
         """All rows of the three tables; a table that does not exist is as good as an empty one."""
         with self.sandbox.redshift.connect() as connection, connection.transaction():
-            return {
-                name: [
-                    row
-                    for (row,) in connection.execute(
-                        f"SELECT to_jsonb(t) FROM {name} AS t ORDER BY to_jsonb(t)::text".encode()
-                    )
-                ]
-                if connection.execute("SELECT to_regclass(%s)", [name]).fetchone() != (None,)
-                else []
-                for name in (LAUNCHES, CORES, AUDIT)
-            }
+            rows: Tables = {LAUNCHES: [], CORES: [], AUDIT: []}
+            for name in rows:
+                if connection.execute("SELECT to_regclass(%s)", [name]).fetchone() != (None,):
+                    sql = f"SELECT to_jsonb(t) FROM {name} AS t ORDER BY to_jsonb(t)::text"
+                    rows[name] = [row for (row,) in connection.execute(sql.encode())]
+            return rows
 
-    def config(self, section: str = "redshift", **settings: Any) -> tuple[str, Path]:
-        """The argument for the shipped configuration with other settings."""
-        return shipped_with(self.folder, **{section: settings})
-
-    def secret(self, **changes: Any) -> None:
-        """Changes the secret; None removes a value."""
-        values = self.sandbox.secret() | changes
-        text = json.dumps({name: value for name, value in values.items() if value is not None})
-        self.sandbox.secrets.put_secret_value(SecretId=SECRET, SecretString=text)
+    def config(self, **settings: Any) -> tuple[str, Path]:
+        """The argument for the shipped configuration with other settings of Redshift."""
+        return shipped_with(self.folder, redshift=settings)
 
     def start(self, *arguments: str | Path, **options: Any) -> Process:
         """Starts a run, and remembers what the tables held before it."""
@@ -190,7 +177,7 @@ class World:
         """The sample is in both tables with one new run id, which the audit table has once each."""
         (run_id,) = {row["_run_id"] for name in ROWS for row in now[name]}
         assert run_id not in {row["_run_id"] for rows in self.before.values() for row in rows}
-        assert without_meta({name: now[name] for name in ROWS}) == self.measured.content
+        assert without_meta(now) == self.measured.content
         added = [row for row in now[AUDIT] if row not in self.before[AUDIT]]
         assert len(now[AUDIT]) == len(self.before[AUDIT]) + len(added)
         rows = sorted((row["table_name"], row["_run_id"], row["rows_loaded"]) for row in added)
@@ -207,15 +194,15 @@ class World:
     def works(self) -> None:
         """A normal run does its work."""
         self.sandbox.redshift.hook = None
-        self.secret()
+        self.sandbox.set_secret()
         self.check(self.run(), "new")
 
 
 def without_meta(tables: Tables) -> Tables:
-    """The rows without what differs from run to run."""
+    """The rows of the sample's tables, without what differs from run to run."""
     return {
-        table: [{name: row[name] for name in row if name[0] != "_"} for row in rows]
-        for table, rows in tables.items()
+        name: [{column: row[column] for column in row if column[0] != "_"} for row in tables[name]]
+        for name in ROWS
     }
 
 
@@ -226,12 +213,11 @@ def measured(
     """Loads all but one launch, keeps a copy of these tables, and measures a second, whole run."""
     running_sandbox.reset()
     world = World(running_sandbox, tmp_path_factory.mktemp("measured"))
-    running_sandbox.source.body = json.dumps(json.loads(SAMPLE.read_bytes())[:-1]).encode()
+    serve(running_sandbox, launches()[:-1])
     assert world.run().status == 0
     with running_sandbox.redshift.connect() as connection:
         connection.execute("CREATE SCHEMA earlier")
-        for name in (LAUNCHES, CORES, AUDIT):
-            copy_table(connection, name, name.replace("public", "earlier"))
+        copy_tables(connection, "public", "earlier")
     running_sandbox.source.body = SAMPLE.read_bytes()
     running_sandbox.redshift.statements.clear()
     done = world.run()
@@ -240,19 +226,16 @@ def measured(
     assert {name: len(now[name]) for name in ROWS} == ROWS
     statements = list(running_sandbox.redshift.statements)
     assert statements[-1] == "COMMIT"
-    yield Measured(
-        without_meta({name: now[name] for name in ROWS}),
-        statements,
-    )
+    yield Measured(without_meta(now), statements)
     with running_sandbox.redshift.connect() as connection:
         connection.execute("DROP SCHEMA earlier CASCADE")
 
 
-def copy_table(connection: psycopg.Connection[Any], name: str, copy: str) -> None:
-    connection.execute(
-        f"CREATE TABLE {copy} (LIKE {name} INCLUDING ALL); INSERT INTO {copy} TABLE {name};"
-        f"ALTER TABLE {copy} OWNER TO {USER}".encode()
-    )
+def copy_tables(connection: psycopg.Connection[Any], schema: str, to: str) -> None:
+    for name in (LAUNCHES, CORES, AUDIT):
+        old, new = (name.replace("public", it) for it in (schema, to))
+        sql = f"CREATE TABLE {new} (LIKE {old} INCLUDING ALL); INSERT INTO {new} TABLE {old};"
+        connection.execute(f"{sql} ALTER TABLE {new} OWNER TO {USER}".encode())
 
 
 @pytest.fixture
@@ -267,62 +250,20 @@ def empty_world(measured: Measured, sandbox: Sandbox, tmp_path: Path) -> World:
 def world(empty_world: World) -> World:
     """The world after an earlier run, whose source had a launch less."""
     with empty_world.sandbox.redshift.connect() as connection:
-        for name in (LAUNCHES, CORES, AUDIT):
-            copy_table(connection, name.replace("public", "earlier"), name)
+        copy_tables(connection, "earlier", "public")
     assert [len(rows) for rows in empty_world.tables().values()] == [29, 35, 2]
     return empty_world
-
-
-# --- the source ----------------------------------------------------------------------------------
-
-
-def cut_off(connection: socket.socket) -> None:
-    """Resets a TCP connection."""
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    os.close(connection.detach())
-
-
-def reset_in_the_middle(handler: BaseHTTPRequestHandler) -> None:
-    body = SAMPLE.read_bytes()
-    answer(handler, 200, body[:30_000], Content_Length=str(len(body)))
-    time.sleep(0.1)  # the reset throws away what the client has not read yet
-    cut_off(handler.connection)
-
-
-def test_source_recovers(world: World) -> None:
-    world.sandbox.source.answers = [responds(503, Retry_After="1"), reset_in_the_middle]
-    done = world.run()
-    world.check(done, "new")
-    limited, broken = done.warnings
-    assert limited.startswith("extract: HTTP 503 Service Unavailable, trying again in 1.0 s, at ")
-    assert re.match("extract: .*Connection reset by peer.*, trying again in", broken)
-
-
-def test_source_fails(world: World) -> None:
-    world.sandbox.source.answers = [responds(404)]
-    url = world.sandbox.source.url
-    done = world.run("--source", url.replace("://", "://user:p4ss@") + "?token=t0ken")
-    world.check(done, "old", 1, f"^extract: GET {re.escape(url)}: HTTP 404 Not Found, attempt 1$")
-    assert "p4ss" not in done.stderr
-    assert "t0ken" not in done.stderr
-    world.works()
-
-
-@pytest.mark.parametrize("host", ["launches..example.com", "[::1"])
-def test_source_has_a_malformed_host(world: World, host: str) -> None:
-    done = world.run("--source", f"https://user:p4ss@{host}/v5?token=t0ken")
-    assert "p4ss" not in done.stderr
-    assert "t0ken" not in done.stderr
-    world.check(done, "old", 1, "^extract: (GET|source.url is not a URL)")
 
 
 # --- AWS -----------------------------------------------------------------------------------------
 
 
 def reset_upload(handler: Any) -> None:
+    """Resets the TCP connection in the middle."""
     handler.rfile.read(1024)
     handler.close_connection = True
-    cut_off(handler.connection)
+    handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    os.close(handler.connection.detach())
 
 
 SLOW_DOWN, INTERNAL_ERROR = refusing(503, "SlowDown"), refusing(500, "InternalError")
@@ -366,21 +307,18 @@ def test_s3_denies(world: World, allowed: int) -> None:
 
 @pytest.mark.parametrize("gone", ["launch_cores.0001.csv.gz", "launches/.*manifest.json"])
 def test_staged_file_vanishes(world: World, gone: str) -> None:
-    sandbox = world.sandbox
+    def delete(_: str, sql: str) -> None:
+        for key in world.sandbox.objects() if sql.startswith("COPY") else ():
+            if re.search(gone, key):
+                world.sandbox.s3.delete_object(Bucket=BUCKET, Key=key)
 
-    def delete(when: str, sql: str) -> None:
-        if when == "before" and sql.startswith("COPY"):
-            for key in sandbox.objects():
-                if re.search(gone, key):
-                    sandbox.s3.delete_object(Bucket=BUCKET, Key=key)
-
-    sandbox.redshift.hook = delete
+    world.sandbox.redshift.hook = delete
     world.check(world.run(), "old", 1, r"load: COPY for public\.launch\w+: ")
     world.works()
 
 
 def test_secrets_manager(world: World) -> None:
-    with FlakyProxy(world.sandbox.aws, *[refusing(500, "InternalError")] * 2, method="POST") as aws:
+    with FlakyProxy(world.sandbox.aws, *[INTERNAL_ERROR] * 2, method="POST") as aws:
         world.check(world.run(AWS_ENDPOINT_URL=aws.url), "new")
         assert aws.faults == []
     done = world.run(*world.config(secret="no/such/secret"))
@@ -440,7 +378,7 @@ class Forwarder:
 
 def test_redshift_comes_late(world: World) -> None:
     with Forwarder(world.sandbox.redshift.port) as port:
-        world.secret(PORT=port.port)
+        world.sandbox.set_secret(PORT=port.port)
 
         def open_soon(handler: Any) -> None:
             handler.forward()  # the secret; it was read for the first login, too
@@ -454,16 +392,15 @@ def test_redshift_comes_late(world: World) -> None:
     assert all("Connection refused, trying again in" in text for text in done.warnings)
 
 
-@pytest.mark.parametrize(
-    ("host", "says"),
-    [("localhost", "Connection refused"), ("nowhere.invalid", "not known|resolution")],
-)
-def test_redshift_never_comes(world: World, host: str, says: str) -> None:
-    with Forwarder(world.sandbox.redshift.port) as port:
-        world.secret(HOST=host, PORT=port.port)
-        done = world.run(*world.config(connect_seconds=2), patch="")
-    where = f"load: cannot connect to Redshift at {host}:{port.port}, database {DATABASE}: "
-    world.check(done, "old", AWAY, where, says)
+AT = "cannot connect to Redshift at {HOST}:{PORT}, database {DATABASE}: "
+
+
+def test_redshift_has_no_address(world: World) -> None:
+    host = "nowhere.invalid"
+    world.sandbox.set_secret(HOST=host)
+    done = world.run(*world.config(connect_seconds=2), patch="")
+    where = AT.format_map(world.sandbox.secret() | {"HOST": host})
+    world.check(done, "old", AWAY, f"load: {where}", "not known|resolution")
     assert len(done.warnings) <= 2  # a busy machine may take all of the two seconds for one try
     world.works()
 
@@ -474,59 +411,39 @@ def test_redshift_never_comes(world: World, host: str, says: str) -> None:
 def test_connection_breaks_within_an_answer(world: World, cuts: tuple[int, ...]) -> None:
     check = 1 << 20  # of the login before the download
     with Forwarder(world.sandbox.redshift.port, check, *cuts).open() as port:
-        world.secret(PORT=port.port)
+        world.sandbox.set_secret(PORT=port.port)
         done = world.run()
         assert port.cuts == []
     world.check(done, "new")
     assert len(done.warnings) == len(cuts)
 
 
-@pytest.mark.parametrize(
-    ("changes", "says"),
-    [
-        ({"PASSWORD": "Wr0ng-Passw0rd"}, f'password authentication failed for user "{USER}"'),
-        ({"DATABASE": "nowhere"}, 'database "nowhere" does not exist'),
-        ({"HOST": "127.0.0.1"}, "certificate verify failed: IP address mismatch"),
-    ],
-)
-def test_wrong_credentials(world: World, changes: dict[str, Any], says: str) -> None:
-    world.secret(**changes)
-    done = world.run("--verbose")
-    values = world.sandbox.secret() | changes
-    where = "connect: cannot connect to Redshift at {HOST}:{PORT}, database {DATABASE}: "
-    world.check(done, "old", 1, where.format(**values), says)
-    assert done.warnings == []
-    assert "Wr0ng" not in done.stderr
-
-
-def test_certificate_of_a_stranger(world: World) -> None:
-    done = world.run(SSL_CERT_FILE=None)
-    world.check(done, "old", 1, "cannot connect to Redshift at .*certificate verify failed")
-    assert done.warnings == []
-    world.works()
-
-
-SECRETS = {
-    "text": ("S3cret-text", "is not a JSON object"),
-    "list": ('["S3cret-text"]', "is not a JSON object"),
-    "empty": ("{}", "lacks HOST, DATABASE, USER, PASSWORD; .*"),
-    "lacking": ({"USER": None, "PASSWORD": ""}, "lacks USER, PASSWORD; .*"),
-    "port": ({"PORT": "S3cret-text"}, "has a PORT that is no number up to 65535"),
-    "port too high": ({"PORT": 70_000}, ".* PORT .*"),
-    "host": ({"HOST": "S3cret-text..eu-west-1.redshift.amazonaws.com"}, ".* HOST.*"),
+STRANGER = "certificate verify failed: IP address mismatch"
+TEXT = "S3cret-text"
+SECRETS: dict[str, tuple[str | dict[str, Any], str]] = {
+    "wrong password": ({"PASSWORD": TEXT}, AT + 'password .* failed for user "{USER}".*'),
+    "wrong database": ({"DATABASE": "nowhere"}, AT + '.*database "nowhere" does not exist.*'),
+    "wrong host": ({"HOST": "127.0.0.1"}, f"{AT}.*{STRANGER}.*"),
+    "text": (TEXT, "{secret} is not a JSON object"),
+    "list": (f'["{TEXT}"]', "{secret} is not a JSON object"),
+    "empty": ("{}", "{secret} lacks HOST, DATABASE, USER, PASSWORD; .*"),
+    "lacking": ({"USER": None, "PASSWORD": ""}, "{secret} lacks USER, PASSWORD; .*"),
+    "port": ({"PORT": TEXT}, "{secret} has a PORT that is no number up to 65535"),
+    "port too high": ({"PORT": 70_000}, "{secret} .* PORT .*"),
+    "host": ({"HOST": f"{TEXT}..eu-west-1.redshift.amazonaws.com"}, "{secret} .* HOST.*"),
 }
 
 
 @pytest.mark.parametrize("case", SECRETS)
-def test_malformed_secret(world: World, case: str) -> None:
-    value, says = SECRETS[case]
-    if isinstance(value, dict):
-        world.secret(**value)
-    else:
-        world.sandbox.secrets.put_secret_value(SecretId=SECRET, SecretString=value)
-    done = world.run()
-    world.check(done, "old", 1, f"^connect: the secret {SECRET} {says}$")
-    assert "S3cret-text" not in done.stderr
+def test_secret_that_lets_nobody_in(world: World, case: str) -> None:
+    given, says = SECRETS[case]
+    text, changes = ("", given) if isinstance(given, dict) else (given, {})
+    world.sandbox.set_secret(text, **changes)
+    done = world.run("--verbose")
+    values = world.sandbox.secret() | changes
+    says = says.format_map(values | {"secret": f"the secret {SECRET}"})
+    world.check(done, "old", 1, f"^connect: {says}$")
+    assert TEXT not in done.stderr
     assert done.warnings == []
 
 
@@ -608,7 +525,8 @@ def test_connection_drops_every_time(world: World, index: int) -> None:
     index %= len(world.measured.statements)
     drops = Interruptions(world, [("before", index)] * (TRIES + 2), drop)
     done = world.run()
-    world.check(done, "old", AWAY, "^load: .*(BrokenPipe|closed|EOF|reset)")
+    statement = re.escape(world.measured.statements[index][:12])
+    world.check(done, "old", AWAY, f"^load: {statement}.*: .*(BrokenPipe|closed|EOF|reset)")
     assert drops.connections == TRIES + 1  # the last looks whether a commit's answer was lost
     assert len(done.warnings) == TRIES - 1
     world.works()
@@ -620,39 +538,36 @@ def test_commit_loses_its_answer_in_the_last_try(world: World) -> None:
     world.check(world.run(), "new")
 
 
-def test_connection_drops_while_tables_are_made(empty_world: World) -> None:
-    # A table that was made is not made again, so that the next one's statement is the fifth.
-    for group in ([("before", 4)], [("after", 4)] * 3, [("before", 6), ("after", 4)]):
-        dropped: list[str] = []
-        interrupt_changes(empty_world, group, dropped)
-        empty_world.check(empty_world.run(), "new")
-        assert len(dropped) == len(group)
-        assert all(text.startswith("CREATE TABLE") for text in dropped)
-        empty_world.sandbox.reset()
-
-
-def test_connection_drops_while_tables_are_altered(world: World) -> None:
-    for changes, group in (
-        (f"{LAUNCHES} DROP details, DROP crew", [("before", 4), ("after", 4), ("after", 4)]),
-        (f"{CORES} DROP landpad, ADD landpad varchar(8)", [("before", 4), ("after", 4)]),
-    ):
-        with world.sandbox.redshift.connect() as connection:
-            connection.execute(f"ALTER TABLE {changes}".encode())
-        dropped: list[str] = []
-        interrupt_changes(world, group, dropped)
-        world.check(world.run(), "new")
-        assert len(dropped) == len(group)
-        assert all(text.startswith("ALTER TABLE") for text in dropped)
-
-
-def interrupt_changes(world: World, points: list[tuple[str, int]], dropped: list[str]) -> None:
-    """Drops the connection at these points, and notes the statements."""
+def interrupted(world: World, *points: tuple[str, int]) -> list[str]:
+    """The statements at which the connection dropped in a run, which succeeds all the same."""
+    dropped: list[str] = []
 
     def note_and_drop() -> None:
         dropped.append(world.sandbox.redshift.statements[-1])
         drop()
 
-    Interruptions(world, points, note_and_drop)
+    Interruptions(world, [*points], note_and_drop)
+    world.check(world.run(), "new")
+    assert len(dropped) == len(points)
+    return dropped
+
+
+def test_connection_drops_while_tables_are_made(empty_world: World) -> None:
+    # A table that was made is not made again, so that the next one's statement is the fifth.
+    for points in ([("before", 4)], [("after", 4)] * 3, [("before", 6), ("after", 4)]):
+        dropped = interrupted(empty_world, *points)
+        assert all(sql.startswith("CREATE TABLE") for sql in dropped)
+        empty_world.sandbox.reset()
+
+
+def test_connection_drops_while_tables_are_altered(world: World) -> None:
+    for changes, *points in (
+        (f"{LAUNCHES} DROP details, DROP crew", ("before", 4), ("after", 4), ("after", 4)),
+        (f"{CORES} DROP landpad, ADD landpad varchar(8)", ("before", 4), ("after", 4)),
+    ):
+        with world.sandbox.redshift.connect() as connection:
+            connection.execute(f"ALTER TABLE {changes}".encode())
+        assert all(sql.startswith("ALTER TABLE") for sql in interrupted(world, *points))
 
 
 def test_server_ends_the_session(world: World) -> None:
@@ -669,55 +584,32 @@ def test_server_ends_the_session(world: World) -> None:
     assert len(done.warnings) == 3
 
 
-INSERT_ONE = f"INSERT INTO {LAUNCHES} SELECT * FROM earlier.launches LIMIT 1"
-
-
-def other_writer(world: World, *statements: str) -> Callable[[str, str], None]:
-    """A hook with which another session writes, and commits, before the program's first DELETE."""
-    written: list[str] = []
-
-    def write(when: str, sql: str) -> None:
-        if when == "before" and sql.startswith("DELETE") and not written:
-            written.append(sql)
-            with world.sandbox.redshift.connect() as connection:
-                connection.execute("BEGIN ISOLATION LEVEL SERIALIZABLE")
-                for statement in statements:
-                    connection.execute(statement.encode())
-                connection.execute("COMMIT")
-
-    return write
-
-
 @pytest.mark.parametrize(
     "statements",
     [
-        [f"UPDATE {LAUNCHES} SET name = 'other'"],
+        f"UPDATE {LAUNCHES} SET name = 'other'",
         # Nothing that the program deletes: only that both read what the other writes.
-        [f"SELECT count(*) FROM {LAUNCHES}", INSERT_ONE],
+        f"SELECT count(*) FROM {LAUNCHES};"
+        f"INSERT INTO {LAUNCHES} SELECT * FROM earlier.launches LIMIT 1",
     ],
     ids=["update", "insert"],
 )
-def test_serializable_isolation_violation(world: World, statements: list[str]) -> None:
-    world.sandbox.redshift.hook = other_writer(world, *statements)
+def test_serializable_isolation_violation(world: World, statements: str) -> None:
+    """Another session writes, and commits, before the program's first DELETE."""
+    written: list[str] = []
+
+    def write(when: str, sql: str) -> None:
+        if (when, sql[:6]) == ("before", "DELETE") and not written:
+            written.append(sql)
+            with world.sandbox.redshift.connect() as connection:
+                begin = "BEGIN ISOLATION LEVEL SERIALIZABLE"
+                connection.execute(f"{begin}; {statements}; COMMIT".encode())
+
+    world.sandbox.redshift.hook = write
     done = world.run()
     world.check(done, "new")
     (warning,) = done.warnings
     assert re.search("1023. Serializable isolation violation on table .* trying again", warning)
-
-
-def test_serializable_isolation_violation_every_time(world: World) -> None:
-    tries: list[str] = []
-
-    def write(when: str, sql: str) -> None:
-        if (when, sql.startswith("DELETE")) == ("before", True):
-            tries.append(sql)
-            world.sandbox.redshift.own_connection.execute(f"UPDATE {LAUNCHES} SET id = id")
-
-    world.sandbox.redshift.hook = write
-    says = r"^load: DELETE FROM .*: 1023\. Serializable isolation violation"
-    world.check(world.run(), "old", AWAY, says)
-    assert len(tries) == TRIES
-    world.works()
 
 
 # --- signals -------------------------------------------------------------------------------------
@@ -765,41 +657,31 @@ def test_signal_at_any_moment(world: World, number: int, phase: str) -> None:
     world.works()
 
 
-def signalled_at(world: World, point: tuple[str, int], number: int) -> Done:
-    """A run that gets a signal at a point; the statement's answer is held back until it ended."""
-    ready = threading.Event()
-    ended: list[int] = []
-    process: Process
-
-    def kill() -> None:
-        ready.wait()
-        process.send_signal(number)
-        ended.append(process.wait(60))
-
-    interruptions = Interruptions(world, [point], kill)
-    process = world.start(plainly=True)
-    ready.set()
-    done = world.finish(process)
-    world.sandbox.redshift.hook = None
-    assert interruptions.points == []
-    world.sessions_ended()
-    assert ended == [done.status]
-    return done
-
-
 STATEMENTS = ["SET", "SELECT", "CREATE TEMP", "COPY", "LOCK", "DELETE", "INSERT", "COMMIT"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 @pytest.mark.parametrize("statement", STATEMENTS)
 def test_signal_at_each_kind_of_statement(world: World, number: int, statement: str) -> None:
-    """Before it is run, or when it was, without its answer."""
+    """Before it is run, or when it was; its answer is held back until the program has ended."""
     statements = [sql.startswith(statement) for sql in world.measured.statements]
     # The one signal before the statement, the other after it, in turns.
     after = (STATEMENTS.index(statement) + (number == signal.SIGKILL)) % 2
-    done = signalled_at(world, (("before", "after")[after], statements.index(True)), number)
+    ready = threading.Event()
+    ended: list[int] = []
+
+    def kill() -> None:
+        ready.wait()
+        process.send_signal(number)
+        ended.append(process.wait(60))
+
+    Interruptions(world, [(("before", "after")[after], statements.index(True))], kill)
+    process = world.start(plainly=True)
+    ready.set()
+    done = world.finish(process)
     state = "new" if statement == "COMMIT" else "old"  # the server has got the COMMIT already
     world.check(done, state, KILLED if number == signal.SIGKILL else 128 + number)
+    assert ended == [done.status]
 
 
 @pytest.mark.parametrize("wait", ["source", "retry", "upload", "connect", "lock"])
@@ -832,7 +714,7 @@ def test_signal_while_the_program_waits(world: World, wait: str) -> None:
         elif wait == "connect":
             port = stack.enter_context(Forwarder(world.sandbox.redshift.port, *[0] * 9).open())
             port.accepted = waiting
-            world.secret(PORT=port.port)
+            world.sandbox.set_secret(PORT=port.port)
         process = world.start(plainly=True, AWS_ENDPOINT_URL=endpoint)
         if wait == "lock":
             world.sandbox.redshift.hook = see_lock
@@ -885,17 +767,19 @@ def tiny_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
         subprocess.run(["umount", folder], check=True)
 
 
-# The response has 99 kB, the CSV files of the two tables some 12 kB. They may be gone when the
-# response, much of which is a field that no table loads, is gzipped to 37 kB.
 @pytest.mark.parametrize(
     ("kilobytes", "step"), [(96, "extract"), (104, "transform"), (124, "(transform|stage)")]
 )
 def test_disk_is_full(
     world: World, tiny_disk: Callable[[int], Path], kilobytes: int, step: str
 ) -> None:
-    first, *others = json.loads(SAMPLE.read_bytes())
+    """The response has 99 kB, the CSV files of the two tables some 12 kB.
+
+    They may be gone when the response, much of which no table loads, is gzipped to 37 kB.
+    """
+    first, *others = launches()
     noise = {"noise": random.Random(1).randbytes(20_000).hex()}
-    world.sandbox.source.body = json.dumps([first | noise, *others]).encode()
+    serve(world.sandbox, [first | noise, *others])
     world.temporary = tiny_disk(kilobytes)
     full = f"^{step}: .*No space left on device.* in {re.escape(str(world.temporary))}$"
     world.check(world.run(), "old", 1, full)
@@ -903,18 +787,20 @@ def test_disk_is_full(
     world.works()
 
 
-@pytest.mark.parametrize(("blocks", "step"), [(16, "extract"), (4, "transform")])
-def test_file_gets_too_large(world: World, blocks: int, step: str) -> None:
+@pytest.mark.parametrize(
+    ("blocks", "source", "says"),
+    [
+        (16, [], "^extract: .*File too large"),
+        (4, ["--source", SAMPLE], "^transform: .*File too large"),
+        (0, [], "No usable temporary directory found in "),
+    ],
+    ids=["response", "CSV", "anything"],
+)
+def test_file_gets_too_large(world: World, blocks: int, source: list[Any], says: str) -> None:
     """A limit for the process, as where no file system can be mounted."""
-    arguments = ("--source", SAMPLE) if step != "extract" else ()
     limit = ("sh", "-c", f'ulimit -f {blocks}; exec "$@"', "sh")  # of 512 bytes
-    world.check(world.run(*arguments, wrapper=limit), "old", 1, f"^{step}: .*File too large")
-
-
-def test_no_temporary_folder_can_be_written(world: World) -> None:
-    limit = ("sh", "-c", 'ulimit -f 0; exec "$@"', "sh")
-    done = world.run(wrapper=limit, PYTHONDONTWRITEBYTECODE="1")
-    world.check(done, "old", 1, "No usable temporary directory found in ")
+    done = world.run(*source, wrapper=limit, PYTHONDONTWRITEBYTECODE="1")
+    world.check(done, "old", 1, says)
     world.works()
 
 

@@ -6,7 +6,6 @@ import base64
 import json
 import re
 import time
-from collections.abc import Callable
 from datetime import datetime
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -14,8 +13,22 @@ from typing import Any
 
 import pytest
 
-from helpers import AUDIT, CORES, JSON, LAUNCHES, Answer, Done, Record, log_entries, shipped_with
-from sandbox import BUG, NO_PAUSES, PASSWORD, SAMPLE, SECRET, SLACK_SECRET, Sandbox, answer
+from helpers import (
+    AUDIT,
+    CORES,
+    JSON,
+    LAUNCHES,
+    Answer,
+    Done,
+    Record,
+    launches,
+    log_entries,
+    responds,
+    serve,
+    shipped_with,
+)
+from redshift import RedshiftError
+from sandbox import BUG, NO_PAUSES, PASSWORD, PING, SAMPLE, SLACK_SECRET, WEBHOOK, Sandbox
 
 STEPS = ("extract", "transform", "stage", "load")
 LEVELS = {"DEBUG", "INFO", "WARNING", "ERROR"}
@@ -64,13 +77,11 @@ DRIFT = f"CREATE TABLE {LAUNCHES} (id integer, name date)"
 
 def test_json_of_an_error(sandbox: Sandbox) -> None:
     """One line, although the message has several."""
-    with sandbox.connect() as connection:
-        connection.execute(DRIFT.encode())
+    sandbox.as_user(DRIFT)
     done = sandbox.run(*JSON)
     assert done.returncode == 1
     *_, last = entries(done)
-    assert last["level"] == "ERROR"
-    assert last["step"] == "load"
+    assert (last["level"], last["step"]) == ("ERROR", "load")
     assert last["message"].startswith("tables differ")
     assert f"\n  {LAUNCHES}: the column name is date" in last["message"]
     assert last["error"]["kind"] == "PipelineError"
@@ -143,8 +154,7 @@ def text_entries(done: Done) -> list[tuple[str, str]]:
 def test_a_line_cannot_be_forged(sandbox: Sandbox) -> None:
     """The source may have any text in the names of its fields."""
     forged = "x\n2026-11-22T20:43:27Z ERROR   load: no rows"
-    launches = json.loads(SAMPLE.read_bytes())
-    sandbox.source.body = json.dumps([launch | {forged: 1} for launch in launches]).encode()
+    serve(sandbox, [launch | {forged: 1} for launch in launches()])
     done = sandbox.run()
     assert done.returncode == 0
     ((level, text),) = [entry for entry in text_entries(done) if "no rows" in entry[1]]
@@ -164,19 +174,13 @@ def test_statements_and_their_times(sandbox: Sandbox) -> None:
     logged = entries(done)
     debug = [entry for entry in logged if entry["level"] == "DEBUG"]
     shown = " ".join(" ".join(entry["message"].split()) for entry in debug)
-    ran = [
-        statement
-        for statement in sandbox.redshift.statements
-        if re.match("SET statement|CREATE|COPY|SELECT|LOCK|DELETE|INSERT|COMMIT", statement)
-    ]
+    logged_ones = "SET statement|CREATE|COPY|SELECT|LOCK|DELETE|INSERT|COMMIT"
+    ran = [sql for sql in sandbox.redshift.statements if re.match(logged_ones, sql)]
     # Where the driver puts values in, the log has $1 or %s.
     missing = [sql for sql in ran if " ".join(sql.split())[:60] not in shown]
     assert (missing, len(ran) > 15) == ([], True)
-    times = [
-        (float(match[1]), match[2])
-        for entry in debug
-        if (match := re.match(r"(\d+\.\d{3}) s: (\w+)", entry["message"]))
-    ]
+    timed = [re.match(r"(\d+\.\d{3}) s: (\w+)", entry["message"]) for entry in debug]
+    times = [(float(match[1]), match[2]) for match in timed if match]
     assert len(times) >= len(ran)
     assert [seconds >= 0.3 for seconds, word in times if word == "COPY"] == [True, True]
     assert {entry["step"] for entry in debug} <= {*STEPS}
@@ -193,94 +197,47 @@ def test_statements_and_their_times(sandbox: Sandbox) -> None:
 # Every secret has this in it, and it stays the same when it is quoted, shortened or lower case.
 CANARY = "C4N4RY"
 USER_PASSWORD = f"{CANARY}-user:{CANARY}-pass"
-
-
-def not_found(sandbox: Sandbox) -> None:
-    sandbox.source.answers = [redirects("../elsewhere"), lambda handler: answer(handler, 404)]
+HALF = responds(200, b"[", Content_Length="100")
 
 
 def redirects(to: str) -> Answer:
-    return lambda handler: answer(handler, 302, Location=to)
+    return responds(302, Location=to)
 
 
-def redirected(to: str) -> Callable[[Sandbox], None]:
-    def prepare(sandbox: Sandbox) -> None:
-        sandbox.source.answers = [redirects(to)] * 40
-
-    return prepare
-
-
-def breaks_off(sandbox: Sandbox) -> None:
-    def half(handler: BaseHTTPRequestHandler) -> None:
-        answer(handler, 200, b"[", Content_Length="100")
-
-    def busy(handler: BaseHTTPRequestHandler) -> None:
-        answer(handler, 429, Retry_After="0")
-
-    sandbox.source.answers = [half, busy, lambda handler: answer(handler, 410)]
-
-
-def database(**changes: Any) -> Callable[[Sandbox], None]:
-    def prepare(sandbox: Sandbox) -> None:
-        values = sandbox.secret() | {"NOTE": CANARY} | changes
-        text = json.dumps({key: value for key, value in values.items() if value is not None})
-        sandbox.secrets.put_secret_value(SecretId=SECRET, SecretString=text)
-
-    return prepare
-
-
-def no_json(sandbox: Sandbox) -> None:
-    sandbox.secrets.put_secret_value(SecretId=SECRET, SecretString=f"PASSWORD={CANARY}")
-
-
-def differs(sandbox: Sandbox) -> None:
-    with sandbox.connect() as connection:
-        connection.execute(DRIFT.encode())
-
-
-def nothing(_: Sandbox) -> None:
-    pass
-
-
-KINDS: dict[str, tuple[int, Callable[[Sandbox], None], dict[str, Any]]] = {
-    "success": (0, database(), {}),
-    "not found": (1, not_found, {}),
-    "retries": (1, breaks_off, {}),
-    "redirect to ftp": (1, redirected(f"ftp://{USER_PASSWORD}@127.0.0.1/{CANARY}"), {}),
-    "redirect to no URL": (1, redirected(f"http://[{CANARY}/?{CANARY}"), {}),
-    "endless redirects": (1, redirected(f"/again?token={CANARY}"), {}),
-    "misspelt scheme": (
-        1,
-        nothing,
-        {"--source": f"htps://{USER_PASSWORD}@127.0.0.1/?token={CANARY}"},
-    ),
-    "no port": (1, nothing, {"--source": f"http://{USER_PASSWORD}@127.0.0.1:x/?token={CANARY}"}),
-    "proxy": (1, nothing, {"proxy": True}),
-    "no bucket": (1, database(), {"staging": {"bucket": "no-such-bucket"}}),
-    "no JSON": (1, no_json, {}),
-    "no host": (1, database(HOST=f"{CANARY} {CANARY}"), {}),
-    "no port in the secret": (1, database(PORT=CANARY), {}),
-    "wrong password": (1, database(PASSWORD=CANARY), {}),
-    "table differs": (1, differs, {}),
-    "bug": (1, database(), {"bug": True}),
-    "configuration": (2, nothing, {"alerts": {"heartbeat_url": f"//127.0.0.1/{CANARY}"}}),
-    "header": (2, nothing, {"headers": {"X-Token": f"{CANARY}\n"}}),
-    "header with a space": (1, nothing, {"headers": {"X-Token": f" {CANARY}"}}),
-    "no YAML": (2, nothing, {"break": "heartbeat_url: "}),
-    "secret is a URL": (
-        2,
-        nothing,
-        {"alerts": {"slack_webhook_secret": f"https://hooks.slack.com/{CANARY}"}},
-    ),
+# What is wrong; the exit status is 1 unless it says another.
+KINDS: dict[str, dict[str, Any]] = {
+    "success": {"status": 0},
+    "not found": {"answers": [redirects("../elsewhere"), responds(404)]},
+    "retries": {"answers": [HALF, responds(429, Retry_After="0"), responds(410)]},
+    "redirect to ftp": {"answers": [redirects(f"ftp://{USER_PASSWORD}@127.0.0.1/{CANARY}")]},
+    "redirect to no URL": {"answers": [redirects(f"http://[{CANARY}/?{CANARY}")] * 40},
+    "endless redirects": {"answers": [redirects(f"/again?token={CANARY}")] * 40},
+    "misspelt scheme": {"source": f"htps://{USER_PASSWORD}@127.0.0.1/?token={CANARY}"},
+    "no port": {"source": f"http://{USER_PASSWORD}@127.0.0.1:x/?token={CANARY}"},
+    "proxy": {"source": f"http://nowhere.invalid/?token={CANARY}", "answers": [responds(407)] * 9},
+    "no bucket": {"staging": {"bucket": "no-such-bucket"}},
+    "no JSON": {"secret": f"PASSWORD={CANARY}"},
+    "no host": {"login": {"HOST": f"{CANARY} {CANARY}"}},
+    "no port in the secret": {"login": {"PORT": CANARY}},
+    "wrong password": {"login": {"PASSWORD": CANARY}},
+    "table differs": {"statements": [DRIFT]},
+    "bug": {"patch": BUG},
+    "configuration": {"status": 2, "alerts": {"heartbeat_url": f"//127.0.0.1/{CANARY}"}},
+    "header": {"status": 2, "headers": {"X-Token": f"{CANARY}\n"}},
+    "header with a space": {"headers": {"X-Token": f" {CANARY}"}},
+    "no YAML": {"status": 2, "break": "heartbeat_url: "},
+    "secret is a URL": {"status": 2, "alerts": {"slack_webhook_secret": f"https://a/{CANARY}"}},
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_secret_is_shown(sandbox: Sandbox, tmp_path: Path, kind: str) -> None:
     """Not in the log, in an alert, in the run history or in the name of a staged object."""
-    status, prepare, changes = KINDS[kind]
-    prepare(sandbox)
-    number = [*KINDS].index(kind)
+    wrong, number = KINDS[kind], [*KINDS].index(kind)
+    status = wrong.get("status", 1)
+    sandbox.source.answers = [*wrong.get("answers", [])]
+    sandbox.set_secret(wrong.get("secret", ""), NOTE=CANARY, **wrong.get("login", {}))
+    sandbox.as_user(*wrong.get("statements", []))
     # Half of the runs have alerts that arrive, half have alerts that fail.
     webhook = sandbox.slack.url if number % 4 < 2 else f"http://{USER_PASSWORD}@127.0.0.1:9"
     sandbox.secrets.put_secret_value(
@@ -290,33 +247,23 @@ def test_no_secret_is_shown(sandbox: Sandbox, tmp_path: Path, kind: str) -> None
     alerts["heartbeat_url"] += f"/{CANARY}?{CANARY}"
     config = shipped_with(
         tmp_path,
-        alerts=alerts | changes.get("alerts", {}),
-        staging=changes.get("staging", {}),
-        source={"headers": changes.get("headers", {"Authorization": "Token ${API_TOKEN}"})},
+        alerts=alerts | wrong.get("alerts", {}),
+        staging=wrong.get("staging", {}),
+        source={"headers": wrong.get("headers", {"Authorization": "Token ${API_TOKEN}"})},
     )
-    if "break" in changes:
-        text = config[1].read_text()
-        config[1].write_text(text.replace(changes["break"], changes["break"] + '"'))
+    if broken := wrong.get("break"):
+        config[1].write_text(config[1].read_text().replace(broken, broken + '"'))
     source = sandbox.source.url.replace("://", f"://{USER_PASSWORD}@") + f"?token={CANARY}"
     environment = dict.fromkeys(("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"), CANARY)
     environment["API_TOKEN"] = CANARY
-    if "proxy" in changes:
-        sandbox.source.answers = [lambda handler: answer(handler, 407)] * 9
+    if kind == "proxy":
         proxy = sandbox.source.url.replace("://", f"://{USER_PASSWORD}@").partition("/v5")[0]
-        source = f"http://nowhere.invalid/?token={CANARY}"
         environment |= {"HTTP_PROXY": proxy, "HTTPS_PROXY": proxy, "NO_PROXY": "127.0.0.1"}
-    done = sandbox.run(
-        "--verbose",
-        "--log-format",
-        ("text", "json")[number % 2],
-        "--source",
-        changes.get("--source", source),
-        *config,
-        patch=BUG if "bug" in changes else NO_PAUSES,
-        **environment,
-    )
+    format_, patch = ("text", "json")[number % 2], wrong.get("patch", NO_PAUSES)
+    options = "--verbose", "--log-format", format_, "--source", wrong.get("source", source)
+    done = sandbox.run(*options, *config, patch=patch, **environment)
     assert done.returncode == status, done.stderr
-    assert "Traceback" not in done.stderr or "bug" in changes or number % 2
+    assert "Traceback" not in done.stderr or kind == "bug" or number % 2
     alerted = {name: got for name, got in sandbox.received().items() if name != "heartbeat"}
     assert bool(alerted) == (status < 2 or kind == "header")
     audit = sandbox.query(f"SELECT * FROM {AUDIT}") if status == 0 else []
@@ -325,3 +272,43 @@ def test_no_secret_is_shown(sandbox: Sandbox, tmp_path: Path, kind: str) -> None
     shown = repr([done.stdout, done.stderr, alerted, audit, [*staged], manifests])
     for secret in (CANARY, base64.b64encode(USER_PASSWORD.encode()).decode(), PASSWORD):
         assert secret.lower() not in shown.lower()
+
+
+def repeats(secret: str) -> Answer:
+    """Refuses, and says in its status line what must not be said."""
+
+    def refuse(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(403, f"not for {secret}")
+        handler.end_headers()
+
+    return refuse
+
+
+def test_a_secret_that_a_server_repeats_is_masked(sandbox: Sandbox, tmp_path: Path) -> None:
+    """The run itself fails when a secret is in its log; the alerts are looked at here."""
+
+    def repeat_password(_: str, sql: str) -> None:
+        if sql.startswith("COPY"):
+            raise RedshiftError("XX000", f"not for {PASSWORD}")
+
+    sandbox.redshift.hook = repeat_password
+    config = shipped_with(tmp_path, alerts=sandbox.alerts("failure"))
+    (error,) = log_entries(sandbox.run(*JSON, *config), "ERROR")
+    got = sandbox.received()
+    assert PASSWORD not in str(got)
+    for text in (error["message"], got["slack"][0]["text"], got["sns"][0]["Message"]):
+        assert "not for ***" in text
+
+    sandbox.redshift.hook = None
+    refuses = repeats(f"/services/{WEBHOOK}")
+    sandbox.slack.answers = [refuses]
+    sandbox.heartbeat.answers = [repeats(f"/{PING} nor id=Qu3ry-of-it")]
+    alerts = sandbox.alerts("success")
+    alerts["heartbeat_url"] += "?id=Qu3ry-of-it"
+    done = sandbox.run(*JSON, *shipped_with(tmp_path, alerts=alerts))
+    said = [entry["message"] for entry in log_entries(done, "WARNING")]
+    assert said == ["slack: HTTP 403 not for ***", "heartbeat: HTTP 403 not for *** nor ***"]
+
+    sandbox.slack.answers = [refuses]
+    done = sandbox.run("--test-alerts", *config)
+    assert "slack: failed: HTTP 403 not for ***" in done.stdout

@@ -7,7 +7,6 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,49 +16,18 @@ import yaml
 
 from helpers import (
     THINGS,
-    Answer,
     Done,
+    Load,
     Records,
     assert_table,
     page,
     responds,
     things,
-    things_config,
 )
-from sandbox import (
-    BUCKET,
-    LIBRARY,
-    LIBRARY_CONFIG,
-    LIBRARY_PAGE,
-    LIBRARY_QUESTIONS,
-    ROOT,
-    Sandbox,
-)
-
-Load = Callable[..., Done]
+from sandbox import BUCKET, LIBRARY, LIBRARY_CONFIG, LIBRARY_PAGE, LIBRARY_QUESTIONS, ROOT, Sandbox
 
 DIGITS = b"0.1234567890123456789012345"  # more than a double holds
-
-
-# --- helpers ------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def load(sandbox: Sandbox, tmp_path: Path) -> Load:
-    """Runs the program, to which the sandbox's source gives these answers."""
-
-    def load(
-        *answers: Answer,
-        arguments: tuple[str, ...] = (),
-        environment: dict[str, str] | None = None,
-        **settings: Any,
-    ) -> Done:
-        sandbox.source.answers = list(answers)
-        config = things_config(tmp_path, sandbox.source.url, **settings)
-        environment = {"TMPDIR": str(tmp_path)} | (environment or {})
-        return sandbox.run("--config", config, *arguments, **environment)
-
-    return load
+PAGED = {"records": "results", "next": "next"}
 
 
 def rows_of(sandbox: Sandbox) -> Records:
@@ -86,6 +54,7 @@ def test_all_pages_are_loaded_archived_and_replayed(sandbox: Sandbox, load: Load
         page(records[2:4], "/other/things?page=4"),
         responds(200, b'{"next": "/other/more", "results": [%s]}' % last),
         page([], ""),
+        **PAGED,
     )
     assert done.returncode == 0, done.stderr
     path = "/v5/launches"
@@ -101,24 +70,16 @@ def test_all_pages_are_loaded_archived_and_replayed(sandbox: Sandbox, load: Load
 
     sandbox.query("DELETE FROM public.things RETURNING id")
     sandbox.source.requests.clear()
-    done = load(arguments=("--source", raw))
+    done = load(arguments=("--source", raw), **PAGED)
     assert done.returncode == 0, done.stderr
     assert sandbox.source.requests == []
     assert rows_of(sandbox) == things(1, 2, 3, 4, 5)
 
 
 def test_a_record_that_moved_between_two_pages_is_kept_once(sandbox: Sandbox, load: Load) -> None:
-    parts = {
-        "rows": "parts",
-        "parent": "thing",
-        "key": ["thing_id", "position"],
-        "columns": {
-            "thing.id": "integer not null",
-            "position": "integer not null",
-            "value": "varchar(8)",
-        },
-    }
-    tables = THINGS | {"public.parts": parts}
+    columns = {"thing.id": "integer", "position": "integer", "value": "varchar(8)"}
+    parts = {"rows": "parts", "parent": "thing", "key": ["thing_id", "position"]}
+    settings = PAGED | {"tables": THINGS | {"public.parts": parts | {"columns": columns}}}
     first, early, late, last = (
         {"id": number, "name": name, "parts": [name, "x"]}
         for number, name in ((1, "same"), (2, "early"), (2, "late"), (3, "same"))
@@ -132,10 +93,10 @@ def test_a_record_that_moved_between_two_pages_is_kept_once(sandbox: Sandbox, lo
         values = [{"thing_id": r["id"], "value": value} for r in kept for value in r["parts"]]
         assert sandbox.query(query) == values
 
-    assert_kept(load(page([first, early], "?2"), page([late, last]), tables=tables))
+    assert_kept(load(page([first, early], "?2"), page([late, last]), **settings))
     raw, text = archive(sandbox)
     assert sorted(map(json.loads, text.splitlines()), key=lambda r: r["id"]) == kept
-    assert_kept(load(tables=tables, arguments=("--source", raw)))
+    assert_kept(load(arguments=("--source", raw), **settings))
 
 
 # --- Launch Library 2, and the news -------------------------------------------------------------
@@ -155,21 +116,19 @@ def test_launch_library_is_loaded_and_kept_up_to_date(sandbox: Sandbox) -> None:
     ((name, table),) = yaml.safe_load(LIBRARY_CONFIG.read_bytes())["tables"].items()
     assert_table(sandbox, name, table, launches)
     flights, pads = (sandbox.query(sql) for sql in LIBRARY_QUESTIONS.values())
-    assert [(f["mission"], f["status"]) for f in flights[::11]] == [
-        ("FalconSat", "Failure"),
-        ("Dragonfly", "TBD"),
-    ]
+    first, last = ((flight["mission"], flight["status"]) for flight in flights[::11])
+    assert (first, last) == (("FalconSat", "Failure"), ("Dragonfly", "TBD"))
     assert [pad["launches"] for pad in pads] == [7, 3, 1, 1]
 
     launches[3] |= {"net": "2030-01-01T00:00:00Z", "mission": None, "rocket": None, "pad": None}
     sandbox.source.answers = [page(launches[3:5])]
     query = "SELECT id, net, _run_id FROM public.ll2_launches"
-    (first,) = {row["_run_id"] for row in sandbox.query(query)}
+    (earlier,) = {row["_run_id"] for row in sandbox.query(query)}
     done = sandbox.run(*arguments)
     assert done.returncode == 0, done.stderr
     rows = sandbox.query(query)
     assert len(rows) == len(launches)
-    renewed = {row["id"]: row["net"] for row in rows if row["_run_id"] != first}
+    renewed = {row["id"]: row["net"] for row in rows if row["_run_id"] != earlier}
     assert renewed.keys() == {launch["id"] for launch in launches[3:5]}
     assert max(renewed.values()) == datetime(2030, 1, 1, tzinfo=UTC)
 
