@@ -30,8 +30,9 @@ from helpers import (
     table_of,
 )
 
-# A warning of NumPy or pandas would stand between the lines of the log.
-pytestmark = pytest.mark.filterwarnings("error")
+# A warning of NumPy or pandas would stand between the lines of the log; a ResourceWarning is about
+# the server of an earlier test, which is collected in the middle of one here.
+pytestmark = pytest.mark.filterwarnings("error", "ignore::ResourceWarning")
 
 
 def packed(content: bytes) -> bytes:
