@@ -740,9 +740,9 @@ def absolute_url(base: str, reference: str, what: str) -> str:
     """
     with contextlib.suppress(ValueError):
         url = urljoin(base, reference)
-        host = urllib3.util.parse_url(url).host
-        if host and reference.isprintable() and not re.search(r"[\\ ]", reference):
-            return url
+        read = urllib3.util.parse_url(url)  # by the library that connects
+        if read.host and reference.isprintable() and not re.search(r"[\\ ]", reference):
+            return urlsplit(read.url).geturl()
     rule = "is not a URL, or has a space, a backslash or a control character"
     raise PipelineError(f"{what} {rule}: {shorten(reference)}")
 
@@ -1871,8 +1871,8 @@ def audit_table(config: Config) -> Table:
 
 
 WIDEN_ADVICE = (
-    "; no row has changed. A column cannot be widened while a view uses it, nor with a DEFAULT or "
-    "one of the encodings BYTEDICT, RUNLENGTH, TEXT255 and TEXT32K"
+    "; no row has changed. The column {} of {} cannot be widened while a view uses it, nor with a "
+    "DEFAULT or one of the encodings BYTEDICT, RUNLENGTH, TEXT255 and TEXT32K: remove that, or {}"
 )
 COLUMNS_SQL = """SELECT column_name, data_type, character_maximum_length, numeric_precision,
   numeric_scale
@@ -1901,7 +1901,7 @@ def prepare_targets(cursor: Any, config: Config) -> None:
             elif has and has.kind == column.kind == "varchar":
                 if has.arguments < column.arguments:
                     sql = f"{alter} ALTER COLUMN {quoted(column.name)} TYPE {column.type}"
-                    changes[sql] = f"{WIDEN_ADVICE}: remove that, or {fix}"
+                    changes[sql] = WIDEN_ADVICE.format(column.name, table.name, fix)
             elif has is None or has.type != column.type:
                 faults.append(
                     f"{table.name}: the column {column.name} is {has.type if has else 'missing'} "
