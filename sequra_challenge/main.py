@@ -1633,6 +1633,8 @@ def read_credentials(redshift: Redshift) -> dict[str, Any]:
         raise PipelineError(f"the secret {secret} lacks {missing}; {also}")
     if not re.fullmatch(r"\d{1,5}", login["port"]) or int(login["port"]) > 65_535:
         raise PipelineError(f"the secret {secret} has a PORT that is no number up to 65535")
+    if not "".join(login.values()).isprintable():  # \ud800, say, which UTF-8 cannot hold
+        raise PipelineError(f"the secret {secret} has a character that cannot be sent")
     if not re.fullmatch(HOST, login["host"], re.ASCII):
         raise PipelineError(f"the secret {secret} has a HOST that is no host name")
     hide(login["password"])

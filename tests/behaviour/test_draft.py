@@ -215,12 +215,7 @@ def test_launch_library(sandbox: Sandbox, draft: Draft, tmp_path: Path) -> None:
     ids=["GitHub", "weather", "exchange", "CMS", "Ethereum"],
 )
 def test_other_apis(
-    sandbox: Sandbox,
-    draft: Draft,
-    tmp_path: Path,
-    document: Any,
-    lines: str,
-    rows: dict[str, int],
+    sandbox: Sandbox, draft: Draft, tmp_path: Path, document: Any, lines: str, rows: dict[str, int]
 ) -> None:
     url = sandbox.source.at("https://api.example.org/v1/things?per_page=2")
     more: dict[str, str] = {}

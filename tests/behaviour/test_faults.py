@@ -42,17 +42,7 @@ from helpers import (
 )
 from helpers import LOAD_TRIES as TRIES
 from redshift import DropConnection
-from sandbox import (
-    BUCKET,
-    NO_PAUSES,
-    PASSWORD,
-    SAMPLE,
-    SECRET,
-    USER,
-    Process,
-    Sandbox,
-    answer,
-)
+from sandbox import BUCKET, NO_PAUSES, PASSWORD, SAMPLE, SECRET, USER, Process, Sandbox, answer
 
 ROWS = {LAUNCHES: 30, CORES: 38}  # of the sample
 LOG_LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ (INFO|WARNING|ERROR)\s+pipeline (\S.*)")
@@ -431,6 +421,10 @@ SECRETS: dict[str, tuple[str | dict[str, Any], str]] = {
     "port": ({"PORT": TEXT}, "{secret} has a PORT that is no number up to 65535"),
     "port too high": ({"PORT": 70_000}, "{secret} .* PORT .*"),
     "host": ({"HOST": f"{TEXT}..eu-west-1.redshift.amazonaws.com"}, "{secret} .* HOST.*"),
+    "lone surrogate": (
+        {"PASSWORD": f"{TEXT}\ud800"},
+        "{secret} has a character that cannot be sent",
+    ),
 }
 
 

@@ -15,17 +15,7 @@ import pytest
 import yaml
 
 import helpers
-from helpers import (
-    AUDIT,
-    CORES,
-    LAUNCHES,
-    REMOVED,
-    RUN_ID,
-    Records,
-    count,
-    serve,
-    shipped,
-)
+from helpers import AUDIT, CORES, LAUNCHES, REMOVED, RUN_ID, Records, count, serve, shipped
 from helpers import fewer_launches as launches
 from sandbox import BUCKET, SAMPLE, Sandbox
 

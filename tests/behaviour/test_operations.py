@@ -209,10 +209,7 @@ def refusal(sandbox: Sandbox) -> dict[str, Any]:
     ],
 )
 def test_exit_statuses(
-    sandbox: Sandbox,
-    tmp_path: Path,
-    prepare: Callable[[Sandbox], dict[str, Any]],
-    status: int,
+    sandbox: Sandbox, tmp_path: Path, prepare: Callable[[Sandbox], dict[str, Any]], status: int
 ) -> None:
     given = prepare(sandbox)
     sections = {name: given.pop(name) for name in ("source", "redshift") if name in given}

@@ -14,16 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from helpers import (
-    THINGS,
-    Done,
-    Load,
-    Records,
-    assert_table,
-    page,
-    responds,
-    things,
-)
+from helpers import THINGS, Done, Load, Records, assert_table, page, responds, things
 from sandbox import BUCKET, LIBRARY, LIBRARY_CONFIG, LIBRARY_PAGE, LIBRARY_QUESTIONS, ROOT, Sandbox
 
 DIGITS = b"0.1234567890123456789012345"  # more than a double holds

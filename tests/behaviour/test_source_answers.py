@@ -17,17 +17,7 @@ from typing import Any
 
 import pytest
 
-from helpers import (
-    Answer,
-    ConfigError,
-    Done,
-    Fetch,
-    Load,
-    PipelineError,
-    Records,
-    responds,
-    things,
-)
+from helpers import Answer, ConfigError, Done, Fetch, Load, PipelineError, Records, responds, things
 from redshift import make_certificate
 from sandbox import LocalServer, Sandbox, Source, answer
 
@@ -125,11 +115,7 @@ def test_a_coded_answer_is_read(
 
 def test_a_gzipped_file_that_is_served_coded_or_not(fetch: Fetch) -> None:
     packed = gzip.compress(lines(FIFTY))
-    for body, coding in (
-        (packed, "identity"),
-        (gzip.compress(packed), "gzip"),
-        (lines(FIFTY), ""),
-    ):
+    for body, coding in ((packed, "identity"), (gzip.compress(packed), "gzip"), (lines(FIFTY), "")):
         assert fetch(coded(body, "length", coding)) == FIFTY
 
 

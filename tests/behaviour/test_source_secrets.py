@@ -174,10 +174,7 @@ def test_no_control_character_reaches_the_log(sandbox: Sandbox, load: Load, kind
         FORGERIES[kind](handler)
 
     tables = {
-        "public.things": {
-            "key": "id",
-            "columns": {"id": "integer not null", "a.b": "integer"},
-        }
+        "public.things": {"key": "id", "columns": {"id": "integer not null", "a.b": "integer"}}
     }
     settings: dict[str, Any] = {"records": "r", "next": "next", "max_wait": 0, "tables": tables}
     done = load(respond, **settings)

@@ -189,10 +189,7 @@ def load_dlt(url: str, folder: str, secret: str) -> None:
         pipelines_dir=f"{folder}/work",
     )
     pipeline.run(
-        records(),
-        table_name="launches",
-        columns=dlt_columns(),
-        write_disposition="replace",
+        records(), table_name="launches", columns=dlt_columns(), write_disposition="replace"
     )
 
 

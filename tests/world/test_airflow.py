@@ -62,10 +62,7 @@ def mailbox() -> Iterator[tuple[int, list[EmailMessage]]]:
 
 
 def test_each_pipeline_is_a_task_that_airflow_tries_again_and_reports(
-    airflow: Path,
-    mailbox: tuple[int, list[EmailMessage]],
-    sandbox: Sandbox,
-    tmp_path: Path,
+    airflow: Path, mailbox: tuple[int, list[EmailMessage]], sandbox: Sandbox, tmp_path: Path
 ) -> None:
     home = installation(tmp_path / "home", sandbox.source.url)
     port, mails = mailbox
