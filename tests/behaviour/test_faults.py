@@ -441,6 +441,13 @@ def test_secret_that_lets_nobody_in(world: World, case: str) -> None:
     assert done.warnings == []
 
 
+def test_certificate_of_a_stranger(world: World) -> None:
+    done = world.run(SSL_CERT_FILE=None)
+    world.check(done, "old", 1, "cannot connect to Redshift at .*certificate verify failed")
+    assert done.warnings == []
+    world.works()
+
+
 # --- the statements ------------------------------------------------------------------------------
 
 

@@ -6,8 +6,6 @@ import gzip
 import hashlib
 import json
 import re
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +19,7 @@ from sandbox import BUCKET, SAMPLE, Sandbox
 
 DOCUMENT = launches(30)  # with 38 cores
 
-Change = Callable[..., tuple[str, Path]]
 OF_LAUNCHES, OF_CORES = f"tables / {LAUNCHES}", f"tables / {CORES}"
-
-
-@pytest.fixture
-def change(tmp_path: Path) -> Change:
-    """Writes the shipped configuration with other values, and gives the argument that names it."""
-    return partial(shipped, tmp_path)
 
 
 def launches_without(field: str, core_field: str) -> Records:
@@ -106,9 +97,9 @@ FEW: dict[str, tuple[dict[str, Any], tuple[int, int], tuple[int, int]]] = {
 
 
 @pytest.mark.parametrize("case", FEW)
-def test_fewer_rows(sandbox: Sandbox, change: Change, case: str) -> None:
+def test_fewer_rows(sandbox: Sandbox, tmp_path: Path, case: str) -> None:
     settings, few, enough = FEW[case]
-    config = change(settings)
+    config = shipped(tmp_path, settings)
     loaded(sandbox, *config)
     serve(sandbox, launches(*few))
     message = error(refused(sandbox, *config))
@@ -134,26 +125,26 @@ def test_far_fewer_rows_are_allowed_for_one_run(sandbox: Sandbox) -> None:
 
 @pytest.mark.parametrize(("min_rows", "rows"), [(1, 0), (39, 38)], ids=["default", "set"])
 def test_min_rows_of_the_first_load(
-    sandbox: Sandbox, change: Change, min_rows: int, rows: int
+    sandbox: Sandbox, tmp_path: Path, min_rows: int, rows: int
 ) -> None:
     serve(sandbox, launches(30, cores=rows))
-    config = change({f"{OF_CORES} / min_rows": min_rows})
+    config = shipped(tmp_path, {f"{OF_CORES} / min_rows": min_rows})
     done = sandbox.run(*config)
     assert done.returncode == 1
     why = f"{CORES} has 0 rows and would have {rows}, at least {min_rows} .*--allow-shrink"
     assert re.search(why, error(done.stderr))
     assert [count(sandbox, table) for table in (LAUNCHES, CORES, AUDIT)] == [0, 0, 0]
     serve(sandbox, launches(30))
-    loaded(sandbox, *change({f"{OF_CORES} / min_rows": 38}))
+    loaded(sandbox, *shipped(tmp_path, {f"{OF_CORES} / min_rows": 38}))
     assert (count(sandbox, LAUNCHES), count(sandbox, CORES)) == (30, 38)
 
 
 # --- tables that differ from the configuration ---------------------------------------------------
 
 
-def test_missing_column_is_added(sandbox: Sandbox, change: Change) -> None:
+def test_missing_column_is_added(sandbox: Sandbox, tmp_path: Path) -> None:
     columns = [f"{OF_LAUNCHES} / columns / {name}" for name in ("details", "fairings.ships")]
-    loaded(sandbox, *change(dict.fromkeys(columns, REMOVED)))
+    loaded(sandbox, *shipped(tmp_path, dict.fromkeys(columns, REMOVED)))
     log = loaded(sandbox)
     assert altered(log) == [
         'ALTER TABLE "public"."launches" ADD COLUMN "details" varchar(16384)',
@@ -168,9 +159,12 @@ def test_missing_column_is_added(sandbox: Sandbox, change: Change) -> None:
     assert altered(loaded(sandbox)) == []
 
 
-def test_narrower_text_is_widened(sandbox: Sandbox, change: Change) -> None:
+def test_narrower_text_is_widened(sandbox: Sandbox, tmp_path: Path) -> None:
     narrower = {f"{OF_LAUNCHES} / columns / name": "varchar(64) not null"}
-    loaded(sandbox, *change(narrower | {f"{OF_CORES} / columns / landing_type": "varchar(5)"}))
+    loaded(
+        sandbox,
+        *shipped(tmp_path, narrower | {f"{OF_CORES} / columns / landing_type": "varchar(5)"}),
+    )
     # The stand-in, as Redshift, refuses this inside a transaction.
     document = launches(30)
     document[0]["name"] = "ü" * 128  # 256 bytes
@@ -186,8 +180,10 @@ def test_narrower_text_is_widened(sandbox: Sandbox, change: Change) -> None:
     assert rows == [{"name": "ü" * 128}]
 
 
-def test_wider_text_is_left_alone(sandbox: Sandbox, change: Change) -> None:
-    loaded(sandbox, *change({f"{OF_LAUNCHES} / columns / name": "varchar(1000) not null"}))
+def test_wider_text_is_left_alone(sandbox: Sandbox, tmp_path: Path) -> None:
+    loaded(
+        sandbox, *shipped(tmp_path, {f"{OF_LAUNCHES} / columns / name": "varchar(1000) not null"})
+    )
     assert altered(loaded(sandbox)) == []
     assert column_type(sandbox, LAUNCHES, "name") == ("character varying", 1000)
 
@@ -201,7 +197,7 @@ DIFFERENT = {
 
 @pytest.mark.parametrize("case", DIFFERENT)
 def test_what_differs_stops_the_run_and_the_statement_helps(
-    sandbox: Sandbox, change: Change, case: str
+    sandbox: Sandbox, tmp_path: Path, case: str
 ) -> None:
     column, type_, fault = DIFFERENT[case]
     changes = {
@@ -210,7 +206,7 @@ def test_what_differs_stops_the_run_and_the_statement_helps(
         f"{OF_CORES} / columns / core": "varchar(10)",  # would be widened
     }
     serve(sandbox, launches_without("window", "core"))
-    loaded(sandbox, *change(changes))
+    loaded(sandbox, *shipped(tmp_path, changes))
     sandbox.source.body = SAMPLE.read_bytes()
     start = len(sandbox.redshift.statements)
     message = error(refused(sandbox))
@@ -227,7 +223,7 @@ def test_what_differs_stops_the_run_and_the_statement_helps(
         assert count(sandbox, f"{LAUNCHES}_old") == 30
 
 
-def test_all_faults_in_one_message(sandbox: Sandbox, change: Change) -> None:
+def test_all_faults_in_one_message(sandbox: Sandbox, tmp_path: Path) -> None:
     changes = {
         f"{OF_LAUNCHES} / columns / window": "bigint",
         f"{OF_LAUNCHES} / columns / failures": "varchar(65535)",
@@ -235,7 +231,7 @@ def test_all_faults_in_one_message(sandbox: Sandbox, change: Change) -> None:
         f"{OF_CORES} / columns / gridfins": "smallint",
     }
     serve(sandbox, launches_without("failures", "gridfins"))
-    loaded(sandbox, *change(changes))
+    loaded(sandbox, *shipped(tmp_path, changes))
     sandbox.as_user(
         f"ALTER TABLE {AUDIT} RENAME COLUMN rows_before TO old",
         f"ALTER TABLE {AUDIT} ADD COLUMN rows_before varchar(20)",
@@ -270,7 +266,7 @@ def test_extra_columns_stay(sandbox: Sandbox) -> None:
 
 
 @pytest.mark.parametrize("meta", ["", ", _run_id varchar(8)"])
-def test_table_made_by_hand(sandbox: Sandbox, change: Change, meta: str) -> None:
+def test_table_made_by_hand(sandbox: Sandbox, tmp_path: Path, meta: str) -> None:
     """With other names for the types, another order of the columns, and a row in it."""
     types = (
         "id: varchar(24) not null, name: varchar(256), flight_number: smallint, date_unix: bigint, "
@@ -290,7 +286,7 @@ def test_table_made_by_hand(sandbox: Sandbox, change: Change, meta: str) -> None
     )
     mass = {"mass": {"exact": 1.25, "at": "2006-03-24 22:30:00"}}
     serve(sandbox, [launch | mass for launch in DOCUMENT])
-    added = altered(loaded(sandbox, *change({"tables": tables})))
+    added = altered(loaded(sandbox, *shipped(tmp_path, {"tables": tables})))
     assert len(added) == 2
     assert "_run_id" in added[0]
     assert added[1].endswith('ADD COLUMN "_loaded_at" timestamptz')
@@ -373,10 +369,10 @@ def test_replay_from_the_raw_response(sandbox: Sandbox) -> None:
         assert gzip.decompress(sandbox.objects()[key(row["raw"])]) == body
 
 
-def test_audit_table_of_another_name(sandbox: Sandbox, change: Change) -> None:
+def test_audit_table_of_another_name(sandbox: Sandbox, tmp_path: Path) -> None:
     sandbox.as_user("CREATE SCHEMA ops")
     try:
-        loaded(sandbox, *change({"redshift / audit_table": "ops.history"}))
+        loaded(sandbox, *shipped(tmp_path, {"redshift / audit_table": "ops.history"}))
         rows = sandbox.query("SELECT table_name, rows_loaded FROM ops.history ORDER BY 1")
         assert [tuple(row.values()) for row in rows] == [(CORES, 38), (LAUNCHES, 30)]
         assert set(state(sandbox)) == {LAUNCHES, CORES}

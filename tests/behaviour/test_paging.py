@@ -135,22 +135,7 @@ def test_the_sandbox_shows_launch_library() -> None:
 
 
 def test_the_news_are_loaded(sandbox: Sandbox, tmp_path: Path) -> None:
-    config, articles = ROOT / "conf" / "examples" / "news.yaml", tmp_path / "articles.json"
-    article = {
-        "id": 30_412,
-        "title": "A probe on its way",
-        "authors": [{"name": "Jane Doe", "socials": None}],
-        "url": "https://example.org/news/1",
-        "image_url": "https://example.org/news/1.jpg",
-        "news_site": "Example",
-        "summary": "",
-        "published_at": "2026-02-03T04:05:06Z",
-        "updated_at": "2026-02-03T04:10:06.120114Z",
-        "featured": False,
-        "launches": [{"launch_id": "59548105-347d-4477-8747-7fc3f91016c5", "provider": "LL2"}],
-        "events": [],
-    }
-    articles.write_text(json.dumps([article]))
+    config, articles = ROOT / "conf" / "examples" / "news.yaml", ROOT / "tests/data/news.json"
     arguments = "--config", config, "--dry-run", "--source", articles
     done = sandbox.run(*arguments, TMPDIR=str(tmp_path))
     assert done.returncode == 0, done.stderr
