@@ -2,7 +2,7 @@
 
     python conf/draft.py https://api.example.org/v1/orders > conf/orders.yaml
     python conf/draft.py orders.json
-    python conf/draft.py source.yaml     a file with only a source: section, for headers or a body
+    python conf/draft.py source.yaml     a file with only a source: section, for headers
 
 It looks for the records, the next page, a key, and for each field the type that main.py would take
 it as. Values are not shown, they may be personal; ${NAME} stays as it is. What it prints is to be
@@ -69,13 +69,8 @@ def look(source: dict[str, Any]) -> tuple[Any, bool]:
     url, has_link = expanded(source["url"]), False
     if urlsplit(url).scheme in ("http", "https"):
         headers = {name: expanded(text) for name, text in (source.get("headers") or {}).items()}
-        body = source.get("body")
-        if body:
-            headers |= {"Content-Type": "application/json"}
-            body = expanded(body, lambda text: json.dumps(text)[1:-1]).encode()
         with main.http_session(headers) as session:
-            method = "POST" if body else "GET"
-            response = session.request(method, url, data=body, timeout=main.HTTP_TIMEOUT)
+            response = session.get(url, timeout=main.HTTP_TIMEOUT)
         response.raise_for_status()
         content, has_link = response.content, "next" in response.links
     else:
@@ -90,9 +85,9 @@ def look(source: dict[str, Any]) -> tuple[Any, bool]:
         return [json.loads(line, parse_float=Decimal) for line in lines], has_link
 
 
-def expanded(text: str, escape: Any = str) -> str:
+def expanded(text: str) -> str:
     """The text with environment variables in the place of ${NAME}."""
-    return re.sub(r"\$\{(\w+)\}", lambda found: escape(os.environ[found[1]]), text)
+    return re.sub(r"\$\{(\w+)\}", lambda found: os.environ[found[1]], text)
 
 
 def find_records(answer: Any, given: str) -> tuple[Names, list[Record]]:
@@ -247,21 +242,16 @@ def find_key(
 # --- print --------------------------------------------------------------------------------------
 
 
-class Body(str):
-    """A text that stays the lines that it is."""
-
-
 class Dumper(yaml.SafeDumper):
     """YAML in which all else that is no plain text is on one line."""
 
 
 def represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    style = "|" if isinstance(text, Body) else None if text.isprintable() else '"'
+    style = None if text.isprintable() else '"'
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
 Dumper.add_representer(str, represent_text)
-Dumper.add_representer(Body, represent_text)
 
 
 def as_yaml(value: Any) -> str:
@@ -317,13 +307,11 @@ def draft(source: dict[str, Any], answer: Any, has_link: bool) -> str:
     at, records = find_records(answer, source.get("records", ""))
     if not records or not all(isinstance(record, dict) for record in records):
         raise ValueError("there are no records, that is objects in an array or one a line")
-    following = "Link" if has_link else main.join_path(find_next(answer))
-    found = {"records": main.join_path(at), "next": following}
+    found = {"records": main.join_path(at), "next": main.join_path(find_next(answer))}
     source = {name: text for name, text in (found | source).items() if text}
     source = {"url": source["url"]} | source
-    if "body" in source:
-        source["body"] = Body(source["body"])
-    hints = [] if "next" in source else paging_names(answer)
+    names = ["the header Link"] * has_link + paging_names(answer)
+    hints = [] if "next" in source else names
     fields = with_names(list(find_fields(records)))
     key = find_key(fields)
     stem = plain_name([Path(urlsplit(source["url"]).path).stem])
@@ -334,7 +322,7 @@ def draft(source: dict[str, Any], answer: Any, has_link: bool) -> str:
         "# <--, and look at what --dry-run prints. The lengths are the longest that were seen.",
         "",
         as_yaml({"source": source}),
-        *[f"  # next and next_param? There is: {', '.join(hints)}"] * bool(hints),
+        *[f"  # Pages that main.py cannot follow? There is: {', '.join(hints)}"] * bool(hints),
         "",
         "staging:",
         "  bucket: my-data-bucket          # <-- created beforehand",

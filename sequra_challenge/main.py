@@ -707,7 +707,7 @@ def extract(config: Config, folder: Path, figures: dict[str, Any]) -> Path:
 
 def http_session(headers: dict[str, str]) -> requests.Session:
     """A session that sends these headers, but not to another host after a redirect."""
-    session, context = requests.Session(), ssl.create_default_context()
+    session, trusted = requests.Session(), ssl.create_default_context()
     session.headers.update({"Accept-Encoding": "gzip"} | headers)
 
     def check_redirect(response: requests.Response, **_: Any) -> None:
@@ -725,7 +725,7 @@ def http_session(headers: dict[str, str]) -> requests.Session:
 
         def build_connection_pool_key_attributes(self, *arguments: Any) -> Any:
             host, pool = super().build_connection_pool_key_attributes(*arguments)
-            return host, pool | {"ssl_context": context}
+            return host, pool | {"ssl_context": trusted}
 
     session.hooks["response"].append(check_redirect)
     session.mount("https://", Adapter())
@@ -787,7 +787,7 @@ def download(
                             figures["percent"] = 100 * response.raw.tell() // length
                 figures.pop("percent", None)
             if "next" in response.links and not source.next:
-                log.warning("there are more pages, named in the header Link: set source.next: Link")
+                log.warning("the header Link names a next page, which is not followed")
             return
         except errors as error:
             reason, may_pass = request_failure(error)
