@@ -13,6 +13,7 @@ import io
 import itertools
 import json
 import re
+import ssl
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -29,7 +30,8 @@ import redshift_connector
 import urllib3
 import yaml
 
-from sandbox import BUCKET, PIPELINE, SAMPLE, SECRET, LocalServer, Sandbox, answer
+from redshift import make_certificate
+from sandbox import BUCKET, PIPELINE, SAMPLE, SECRET, LocalServer, Sandbox, Source, answer
 from sequra_challenge import main
 from sequra_challenge.main import Config, Table
 from sequra_challenge.main import ConfigError as ConfigError
@@ -178,6 +180,15 @@ def page(records: Records, following: object = None) -> Answer:
     return responds(200, {"results": records, "next": following})
 
 
+def with_tls(source: Source, folder: Path) -> tuple[str, Path]:
+    """Gives the server TLS; returns its host and port, not by 127.0.0.1, and the authority."""
+    certificate = make_certificate(folder, "localhost")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate.certificate, certificate.key)
+    source.server.socket = context.wrap_socket(source.server.socket, server_side=True)
+    return f"localhost:{source.server.server_port}", certificate.ca
+
+
 # --- runs ----------------------------------------------------------------------------------------
 
 
@@ -286,6 +297,27 @@ class Things:
 # --- faults of AWS -------------------------------------------------------------------------------
 
 
+def forward(
+    handler: BaseHTTPRequestHandler, pool: urllib3.PoolManager, target: str, body: bytes
+) -> None:
+    """Passes a request on, and what is answered back."""
+    given = pool.request(
+        handler.command,
+        target + handler.path,
+        body=body,
+        headers={name: value for name, value in handler.headers.items() if name != "Expect"},
+        decode_content=False,
+        redirect=False,
+    )
+    kept = {
+        name.replace("-", "_"): value
+        for name, value in given.headers.items()
+        if name.lower() not in ("connection", "date", "server", "content-length")
+    }
+    length = given.headers.get("Content-Length", len(given.data))  # also of a HEAD's answer
+    answer(handler, given.status, given.data, Content_Length=str(length), **kept)
+
+
 class FlakyProxy(LocalServer):
     """An HTTP server in front of the sandbox's AWS.
 
@@ -309,22 +341,7 @@ class FlakyProxy(LocalServer):
                     self.forward()
 
             def forward(self) -> None:
-                headers = {name: value for name, value in self.headers.items() if name != "Expect"}
-                given = pool.request(
-                    self.command,
-                    target + self.path,
-                    body=self.rfile.read(self.length),
-                    headers=headers,
-                    decode_content=False,
-                    redirect=False,
-                )
-                kept = {
-                    name.replace("-", "_"): value
-                    for name, value in given.headers.items()
-                    if name.lower() not in ("connection", "date", "server", "content-length")
-                }
-                length = given.headers.get("Content-Length", len(given.data))  # also of a HEAD's
-                answer(self, given.status, given.data, Content_Length=str(length), **kept)
+                forward(self, pool, target, self.rfile.read(self.length))
 
             do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = handle_request
 
@@ -540,12 +557,6 @@ def is_tried_again(code: str) -> bool:
     """Whether the load is tried again after an error of Redshift with this code."""
     error = redshift_connector.ProgrammingError({"C": code, "M": "undone"})
     return isinstance(main.redshift_error(error), main.TransientError)
-
-
-def run_pipeline(config: Config, url: str) -> int:
-    """A run in this process, of a configuration with another URL; gives its exit status."""
-    source = replace(config.source, url=url)
-    return main.run_pipeline(replace(config, source=source), allow_shrink=True)
 
 
 def forget_hidden() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import signal
 import socket
@@ -16,7 +15,6 @@ import pytest
 
 from helpers import LOAD_TRIES, TABLE, FlakyProxy, Things, refusing
 from redshift import RedshiftError
-from sandbox import SECRET
 
 Hook = Callable[[str, str], None]
 
@@ -107,18 +105,13 @@ def test_the_pauses_between_the_tries_grow(things: Things) -> None:
 # --- logging in ----------------------------------------------------------------------------------
 
 
-def set_secret(things: Things, **changes: Any) -> None:
-    text = json.dumps(things.sandbox.secret() | changes)
-    things.sandbox.secrets.put_secret_value(SecretId=SECRET, SecretString=text)
-
-
 def test_a_password_that_is_rotated_meanwhile(things: Things) -> None:
     """The secret is read, then changed; so the login is refused, and the secret read once more."""
-    set_secret(things, PASSWORD="0ld-Passw0rd")
+    things.sandbox.set_secret(PASSWORD="0ld-Passw0rd")
 
     def rotate(handler: Any) -> None:
         handler.forward()
-        set_secret(things)
+        things.sandbox.set_secret()
 
     with FlakyProxy(things.sandbox.aws, rotate, method="POST") as aws:
         things.load(("a", 1), options={"AWS_ENDPOINT_URL": aws.url})
@@ -136,7 +129,7 @@ FINAL = {
 @pytest.mark.parametrize("case", FINAL)
 def test_what_no_login_can_mend_fails_before_the_download(things: Things, case: str) -> None:
     changes, says = FINAL[case]
-    set_secret(things, **changes)
+    things.sandbox.set_secret(**changes)
     assert says in things.refused(("a", 1))
     assert things.sandbox.source.requests == []
 
@@ -149,7 +142,7 @@ def test_a_missing_secret_fails_before_the_download(things: Things) -> None:
 def test_a_paused_cluster_does_not_stop_the_download(things: Things) -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
-        set_secret(things, PORT=closed.getsockname()[1])
+        things.sandbox.set_secret(PORT=closed.getsockname()[1])
         error = things.refused(("a", 1), status=75, redshift={"connect_seconds": 0})
     assert "load: cannot connect to Redshift" in error
     assert len(things.sandbox.source.requests) == 1

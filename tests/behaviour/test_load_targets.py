@@ -11,14 +11,6 @@ import pytest
 from helpers import COLUMNS, TABLE, Things
 from sandbox import DATABASE, PASSWORD, SECRET, USER
 
-
-def as_user(things: Things, *statements: str) -> None:
-    """Runs Redshift's SQL as the user that the program also is: tables belong to their maker."""
-    with things.sandbox.connect() as connection:
-        for statement in statements:
-            connection.execute(statement.encode())
-
-
 # --- widening a text -----------------------------------------------------------------------------
 
 IN_THE_WAY = {
@@ -34,14 +26,14 @@ IN_THE_WAY = {
 
 @pytest.mark.parametrize("case", IN_THE_WAY)
 def test_a_text_that_cannot_be_widened(things: Things, case: str) -> None:
-    as_user(things, *IN_THE_WAY[case], "INSERT INTO public.things (id, n) VALUES ('a', 1)")
+    things.sandbox.as_user(*IN_THE_WAY[case], "INSERT INTO public.things (id, n) VALUES ('a', 1)")
     columns = COLUMNS | {"name": "varchar(9)"}
     error = things.refused(("b", 2), columns=columns)
     assert "cannot alter type of a column" in error
     assert f"no row has changed. The column name of {TABLE} cannot be widened while" in error
     fix = re.search(r"ALTER TABLE \S+ RENAME TO \S+", error)
     assert fix, error
-    as_user(things, fix[0])
+    things.sandbox.as_user(fix[0])
     things.load(("b", 2), columns=columns)
     assert things.rows() == [("b", 2)]
 
@@ -81,7 +73,7 @@ MADE = {
 @pytest.mark.parametrize("case", MADE)
 def test_columns_that_the_configuration_does_not_have(things: Things, case: str) -> None:
     columns = "id varchar(8) NOT NULL" + (", n integer" if case != "order" else "")
-    as_user(things, f"CREATE TABLE {TABLE} ({MADE[case].format(columns)})")
+    things.sandbox.as_user(f"CREATE TABLE {TABLE} ({MADE[case].format(columns)})")
     things.load(("a", 1), ("b", 2))
     assert things.rows() == [("a", 1), ("b", 2)]
     if "identity" in case:
@@ -100,7 +92,7 @@ NULLS = {
 def test_a_null_that_the_target_refuses(things: Things, case: str) -> None:
     columns, column = NULLS[case]
     columns = columns.format("id varchar(8) NOT NULL, n integer")
-    as_user(things, f"CREATE TABLE {TABLE} ({columns})")
+    things.sandbox.as_user(f"CREATE TABLE {TABLE} ({columns})")
     error = things.refused(("a", None))
     assert 'INSERT INTO "public"."things"' in error
     assert f'null value in column "{column}"' in error
@@ -141,7 +133,7 @@ def test_a_table_that_another_loader_makes_meanwhile(things: Things) -> None:
             and not made
         ):
             made.append(sql)
-            as_user(things, f"CREATE TABLE {TABLE} (id varchar(8) NOT NULL, n integer)")
+            things.sandbox.as_user(f"CREATE TABLE {TABLE} (id varchar(8) NOT NULL, n integer)")
 
     things.sandbox.redshift.hook = make
     things.load(("a", 1))

@@ -8,7 +8,6 @@ import json
 import re
 import signal
 import socket
-import ssl
 import threading
 import zlib
 from http.server import BaseHTTPRequestHandler
@@ -17,8 +16,18 @@ from typing import Any
 
 import pytest
 
-from helpers import Answer, ConfigError, Done, Fetch, Load, PipelineError, Records, responds, things
-from redshift import make_certificate
+from helpers import (
+    Answer,
+    ConfigError,
+    Done,
+    Fetch,
+    Load,
+    PipelineError,
+    Records,
+    responds,
+    things,
+    with_tls,
+)
 from sandbox import LocalServer, Sandbox, Source, answer
 
 
@@ -155,15 +164,6 @@ def test_only_200_is_an_answer(source: Source, fetch: Fetch, respond: Answer) ->
 def test_a_passing_failure_is_asked_again(fetch: Fetch, pauses: list[float], status: int) -> None:
     assert fetch(responds(status), responds(200, FIFTY)) == FIFTY
     assert len(pauses) == 1
-
-
-def with_tls(source: Source, folder: Path) -> tuple[str, Path]:
-    """Gives the server TLS; returns its address, which is not 127.0.0.1, and the authority."""
-    certificate = make_certificate(folder, "localhost")
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate.certificate, certificate.key)
-    source.server.socket = context.wrap_socket(source.server.socket, server_side=True)
-    return f"localhost:{source.server.server_port}", certificate.ca
 
 
 def test_a_redirect_to_a_url_without_tls_is_refused(

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import socket
-import ssl
 import struct
 import threading
 from datetime import UTC, datetime, timedelta
@@ -20,8 +19,17 @@ from typing import Any
 
 import pytest
 
-from helpers import Answer, ConfigError, Fetch, PipelineError, page, responds, sizes, things
-from redshift import make_certificate
+from helpers import (
+    Answer,
+    ConfigError,
+    Fetch,
+    PipelineError,
+    page,
+    responds,
+    sizes,
+    things,
+    with_tls,
+)
 from sandbox import SAMPLE, Source
 
 CANARY = "c4nary-T0ken"  # what must never be seen
@@ -121,19 +129,11 @@ def test_a_next_page_elsewhere_is_refused(source: Source, fetch: Fetch, followin
     assert len(source.requests) == 1
 
 
-def with_tls(source: Source, folder: Path) -> tuple[str, Path]:
-    """Gives the server TLS; returns its address and the authority that nobody trusts yet."""
-    certificate = make_certificate(folder, "localhost")
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate.certificate, certificate.key)
-    source.server.socket = context.wrap_socket(source.server.socket, server_side=True)
-    return f"localhost:{source.server.server_port}/v5/launches", certificate.ca
-
-
 def test_no_next_page_without_tls_after_one_with_it(
     source: Source, fetch: Fetch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     address, authority = with_tls(source, tmp_path)
+    address += "/v5/launches"
     monkeypatch.setenv("SSL_CERT_FILE", str(authority))
     pages = page(things(1), "?2"), page(things(2), f"http://{address}?3"), page(things(3))
     with pytest.raises(PipelineError, match=f"page 3, http://{address}"):
@@ -145,6 +145,7 @@ def test_a_certificate_that_nobody_trusts_ends_the_run(
     source: Source, fetch: Fetch, pauses: list[float], tmp_path: Path
 ) -> None:
     address, _ = with_tls(source, tmp_path)
+    address += "/v5/launches"
     with pytest.raises(PipelineError, match=r"certificate.*, attempt 1$"):
         fetch(url=f"https://{address}")
     assert pauses == []

@@ -30,6 +30,7 @@ from moto.core.common_models import CloudFormationModel
 from moto.secretsmanager.models import secretsmanager_backends
 from moto.secretsmanager.utils import random_password
 
+from helpers import forward
 from sandbox import DATABASE, REGION, ROOT, SAMPLE, SECRET, LocalServer, Sandbox, answer
 from sequra_challenge import main
 
@@ -145,21 +146,7 @@ class Gateway(Server):
         if self.broken(request.path):
             self.deny(request, "broken by the test")
             return
-        given = self.pool.request(
-            request.command,
-            self.stack.sandbox.aws + request.path,
-            body=body,
-            headers=dict(request.headers.items()),
-            decode_content=False,
-            redirect=False,
-        )
-        kept = {
-            name.replace("-", "_"): value
-            for name, value in given.headers.items()
-            if name.lower() not in ("connection", "date", "server", "content-length")
-        }
-        length = given.headers.get("Content-Length", len(given.data))  # also of a HEAD's answer
-        answer(request, given.status, given.data, Content_Length=str(length), **kept)
+        forward(request, self.pool, self.stack.sandbox.aws, body)
 
     def needed(self, request: BaseHTTPRequestHandler, body: bytes) -> Iterator[tuple[str, str]]:
         """The actions that a request needs, each with the resource that it needs it on."""
