@@ -49,7 +49,7 @@ from logging.handlers import MemoryHandler
 from multiprocessing.pool import AsyncResult, ThreadPool
 from pathlib import Path
 from types import NoneType
-from typing import TYPE_CHECKING, Any, ClassVar, TextIO, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, TextIO, get_type_hints
 from urllib.parse import parse_qsl, quote, unquote, urljoin, urlsplit
 
 import yaml
@@ -288,9 +288,7 @@ RESERVED |= {column.name for column in META_COLUMNS}
 class _Loader(yaml.SafeLoader):
     """YAML whose scalars are the texts that stand there, `on` and `1e3` too; no key twice."""
 
-    yaml_implicit_resolvers: ClassVar = {  # type: ignore[misc]
-        "<": yaml.SafeLoader.yaml_implicit_resolvers["<"]
-    }
+    yaml_implicit_resolvers: ClassVar = {"<": yaml.SafeLoader.yaml_implicit_resolvers["<"]}  # type: ignore[misc]
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         for key, times in Counter(key.value for key, _ in node.value).items():
@@ -311,41 +309,35 @@ def load_config(path: Path, url: str | None = None) -> Config:
     except Exception as error:  # a YAMLError, and for odd tags and depths whatever PyYAML meets
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     faults: list[str] = []
-    names = "source", "staging", "redshift", "alerts", "tables"
-    sections = read_mapping(document, "", faults, names)
-    config = Config(
-        name=path.stem,
-        source=read_section(Source, sections.get("source"), "source", faults),
-        staging=read_section(Staging, sections.get("staging"), "staging", faults),
-        redshift=read_section(Redshift, sections.get("redshift"), "redshift", faults),
-        alerts=read_section(Alerts, sections.get("alerts"), "alerts", faults),
-        tables=read_tables(sections.get("tables"), faults),
-    )
-    headers = expand_headers(config.source.headers, faults)
-    written_url = url or config.source.url or ""
-    url = expand(written_url, "source.url", faults)
-    role = config.redshift.copy_role or os.environ.get("AWS_ROLE_ARN") or None
+    names, kinds = ("source", "staging", "redshift", "alerts"), get_type_hints(Config)
+    given = read_mapping(document, "", faults, (*names, "tables"))
+    sections = {n: kinds[n](**read_settings(kinds[n], given.get(n), n, faults)) for n in names}
+    tables = read_tables(given.get("tables"), faults)
+    config = Config(name=path.stem, tables=tables, **sections)
     if faults:
         wrong = ConfigError("\n  ".join([f"{path} has {len(faults)} fault(s):", *faults]))
         if not any(fault.startswith("alerts") for fault in faults):
             wrong.alerts = config.alerts
         raise wrong
-    source = replace(config.source, url=url, written_url=written_url, headers=headers)
-    return replace(config, source=source, redshift=replace(config.redshift, copy_role=role))
+    role = config.redshift.copy_role or os.environ.get("AWS_ROLE_ARN") or None
+    return replace(config, redshift=replace(config.redshift, copy_role=role))
 
 
 def read_tables(given: Any, faults: list[str]) -> tuple[Table, ...]:
     """The tables that the file describes, by name."""
-    tables = list[Table]()
-    sections = read_mapping(given, "tables", faults)
-    if not sections:
+    tables: list[Table] = []
+    given_tables = read_mapping(given, "tables", faults)
+    if not given_tables:
         faults.append("tables: missing")
-    for number, (name, section) in enumerate(sections.items(), 1):
-        names = {"name": name, "staging": f"staging_{number}"}
-        table = read_section(Table, section, f"tables.{name}", faults, **names)
-        columns = tuple(replace(c, in_key=c.name in (table.key or ())) for c in table.columns)
-        tables.append(replace(table, columns=columns))
-        faults += table_faults(tables[-1])
+    for number, (name, settings) in enumerate(given_tables.items(), 1):
+        values = read_settings(Table, settings, f"tables.{name}", faults)
+        texts, key = values.pop("columns"), values["key"] or ()
+        if not texts:
+            faults.append(f"tables.{name}.columns: missing")
+        columns = tuple(parse_column(path, text, key) for path, text in texts.items())
+        table = Table(name=name, staging=f"staging_{number}", columns=columns, **values)
+        faults += table_faults(table)
+        tables.append(table)
     return tuple(tables)
 
 
@@ -374,20 +366,22 @@ def read_mapping(given: Any, at: str, faults: list[str], names: Iterable[str] = 
 
 
 def read_setting(rule: Field[Any], kind: Any, given: Any, at: str, faults: list[str]) -> Any:
-    """The value of one setting, of the kind that its dataclass annotates."""
+    """The value of one setting, of the kind that its dataclass annotates; columns are texts yet."""
     pattern, before = rule.metadata["rule"], len(faults)
     if rule.name == "audit_table" and given is not None and is_null(given):
         faults.append(f"{at}: cannot be null, loaders lock this table to take turns")
-    if get_origin(kind) is dict or kind == tuple[Column, ...]:
+    if rule.name in ("headers", "columns"):
         items = read_mapping(given, at, faults).items()
-        named = {name: read_text(pattern, text, f"{at}.{name}", faults) for name, text in items}
-        return named if get_origin(kind) is dict else tuple(starmap(parse_column, named.items()))
+        texts = {name: read_text(pattern, text, f"{at}.{name}", faults) for name, text in items}
+        if rule.name == "headers":
+            return {name: expand_header(name, text, faults) for name, text in texts.items()}
+        return texts
     if is_null(given):
         faults += [f"{at}: missing"] * (rule.default is MISSING)
         return None if rule.default is MISSING else rule.default
-    if get_origin(kind) is tuple:
-        texts = given if isinstance(given, list) else [given]
-        return tuple(read_text(pattern, text, at, faults) for text in texts)
+    if kind == tuple[str, ...]:
+        several = given if isinstance(given, list) else [given]
+        return tuple(read_text(pattern, text, at, faults) for text in several)
     text = read_text(pattern, given, at, faults)
     return kind(text) if kind in (int, float) and len(faults) == before else text
 
@@ -411,8 +405,8 @@ def shown(given: Any, at: str) -> str:
     return "what is there" if at.startswith(("alerts", "source.headers")) else repr(given)
 
 
-def parse_column(path: str, text: str) -> Column:
-    """The column that the file writes as "path: type".
+def parse_column(path: str, text: str, key: Iterable[str] = ()) -> Column:
+    """The column that the file writes as "path: type", of a table with this key.
 
     Its name is what stands behind "as", else the path in snake case: ``links_patch_small`` of
     links.patch.small, ``ship_to`` of shipTo.
@@ -420,7 +414,8 @@ def parse_column(path: str, text: str) -> Column:
     names, own = split_path(path), re.search(r" as (\w+)", text)
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", "_".join(names))
     name = own[1] if own else re.sub(r"\W", "_", words).lower()
-    return Column(names, name, re.split(" not | as ", text)[0], " not null" in text)
+    kind = re.split(" not | as ", text)[0]
+    return Column(names, name, kind, " not null" in text, name in key)
 
 
 def split_path(path: str) -> tuple[str, ...]:
@@ -471,25 +466,16 @@ def table_faults(table: Table) -> Iterator[str]:
         yield f"{at}: rows and parent go together"
 
 
-def expand(text: str, at: str, faults: list[str]) -> str:
-    """The text with the variables of the environment, which are hidden, in the place of ${NAME}."""
-
-    def value(found: re.Match[str]) -> str:
-        text = os.environ.get(found[1], "")
-        if not text:
-            faults.append(f"{at}: {found[0]} is not set in the environment")
-        hide(text)
-        return text
-
-    return re.sub(r"\$\{(\w+)\}", value, text)
-
-
-def expand_headers(headers: dict[str, str], faults: list[str]) -> dict[str, str]:
-    """The headers as they are sent."""
-    sent = {name: expand(text, f"source.headers.{name}", faults) for name, text in headers.items()}
-    for name, text in sent.items():
-        if not re.fullmatch(r"[\w-]+: [ -~]*", f"{name}: {text}", re.ASCII):
-            faults.append(f"source.headers.{name}: has characters that no header can have")
+def expand_header(name: str, text: str, faults: list[str]) -> str:
+    """The header with the variables of the environment in the place of ${NAME}."""
+    at, variable = f"source.headers.{name}", re.compile(r"\$\{(\w+)\}")
+    values = {v: os.environ.get(v, "") for v in variable.findall(text)}
+    hide(*values.values())
+    missing = [v for v, value in values.items() if not value]
+    faults += [f"{at}: ${{{v}}} is not set in the environment" for v in missing]
+    sent = variable.sub(lambda found: values[found[1]], text)
+    if not re.fullmatch(r"[\w-]+: [ -~]*", f"{name}: {sent}", re.ASCII):
+        faults.append(f"{at}: has characters that no header can have")
     return sent
 
 
@@ -518,7 +504,7 @@ def set_up_log(log_format: str, verbose: bool) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # an emoji on a terminal of ASCII
     handler = logging.StreamHandler()
-    handler.setFormatter(LogFormatter(log_format == "json"))
+    handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
     log.addHandler(handler)
     warned.setLevel(logging.WARNING)
     log.addHandler(warned)
@@ -528,34 +514,35 @@ def set_up_log(log_format: str, verbose: bool) -> None:
     log.setLevel(logging.DEBUG if verbose else logging.INFO)
 
 
-class LogFormatter(logging.Formatter):
-    """Lines of text, or JSON objects with the names of Datadog's standard attributes."""
-
-    def __init__(self, as_json: bool) -> None:
-        super().__init__()
-        self.as_json = as_json
+class TextFormatter(logging.Formatter):
+    """A line of text, followed by the traceback of an error that nobody expected."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """One line, in text followed by the traceback of an error that nobody expected."""
-        moment = datetime.fromtimestamp(record.created, UTC)
-        error = record.exc_info[1] if record.exc_info else None
-        stack = self.formatException(record.exc_info) if record.exc_info else ""
-        if self.as_json:
-            line: dict[str, Any] = {
-                "timestamp": f"{moment:%Y-%m-%dT%H:%M:%S.%f}"[:-3] + "Z",
-                "level": record.levelname,
-                "message": masked(record.getMessage().rstrip()),
-                **context,
-                **getattr(record, "figures", {}),
-            }
-            if error:
-                texts = {"message": masked(str(error)), "stack": masked(stack)}
-                line["error"] = {"kind": type(error).__name__, **texts}
-            return json.dumps(line)
-        begin = f"{moment:%Y-%m-%dT%H:%M:%SZ} {record.levelname:7}"
-        text = f"{begin} {context['pipeline']} {context['step']}: {record.getMessage().rstrip()}"
-        text = text if isinstance(error, EXPECTED) or not error else f"{text}\n{stack}"
+        moment = f"{datetime.fromtimestamp(record.created, UTC):%Y-%m-%dT%H:%M:%SZ}"
+        begin = f"{moment} {record.levelname:7} {context['pipeline']} {context['step']}"
+        text = f"{begin}: {record.getMessage().rstrip()}"
+        if record.exc_info and not isinstance(record.exc_info[1], EXPECTED):
+            text += "\n" + self.formatException(record.exc_info)
         return escaped(masked(text))
+
+
+class JsonFormatter(logging.Formatter):
+    """A line with a JSON object, with the names of Datadog's standard attributes."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        moment = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        line = {
+            "timestamp": moment.replace("+00:00", "Z"),
+            "level": record.levelname,
+            "message": masked(record.getMessage().rstrip()),
+            **context,
+            **getattr(record, "figures", {}),
+        }
+        if record.exc_info:
+            error, stack = record.exc_info[1], self.formatException(record.exc_info)
+            texts = {"message": masked(str(error)), "stack": masked(stack)}
+            line["error"] = {"kind": type(error).__name__, **texts}
+        return json.dumps(line)
 
 
 def hide(*values: str) -> None:
@@ -564,9 +551,7 @@ def hide(*values: str) -> None:
         forms = {value, quote(value, safe="", errors="replace"), join_path([value])}
         for _ in "a server sends JSON", "and we show its text as JSON":
             forms |= {form.replace("/", r"\/") for form in forms}
-            forms |= {
-                json.dumps(form, ensure_ascii=a)[1:-1] for form in forms for a in (True, False)
-            }
+            forms |= {json.dumps(f, ensure_ascii=a)[1:-1] for f in forms for a in (True, False)}
         hidden.update(forms)
 
 
@@ -604,23 +589,14 @@ def print_lines(*lines: str) -> None:
 
 
 def shorten(value: Any, length: int = 80) -> str:
-    """A value as JSON for a message, cut to a length, safe to print."""
-
-    def default(other: Any) -> Any:
-        return float(other) if isinstance(other, Decimal) else str(other)
-
+    """A value as JSON for a message, masked, cut to a length, safe to print."""
     try:
-        text = json.dumps(value, ensure_ascii=False, default=default)
-        text = text if text.isprintable() else json.dumps(value, default=default)
+        text = json.dumps(value, ensure_ascii=False, default=float)  # of the Decimals in it
     except (TypeError, ValueError, RecursionError):
         text = f"a deeply nested {type(value).__name__}"
-    return cut(str(value) if isinstance(value, Decimal) else text, length)
-
-
-def cut(text: str, length: int) -> str:
-    """The beginning of a text, masked before it is cut: half a secret would not be known."""
-    text = masked(text)
-    return text if len(text) <= length else text[:length] + "…"
+    # Masked before it is cut: half a secret would not be known.
+    text = masked(str(value) if isinstance(value, Decimal) else text)
+    return escaped(text if len(text) <= length else text[:length] + "…")
 
 
 @contextlib.contextmanager
