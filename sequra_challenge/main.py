@@ -312,7 +312,7 @@ def load_config(path: Path, url: str | None = None) -> Config:
     names, kinds = ("source", "staging", "redshift", "alerts"), get_type_hints(Config)
     given = read_mapping(document, "", faults, (*names, "tables"))
     sections = {n: kinds[n](**read_settings(kinds[n], given.get(n), n, faults)) for n in names}
-    tables = read_tables(given.get("tables"), faults)
+    tables = tuple(read_tables(given.get("tables"), faults))
     config = Config(name=path.stem, tables=tables, **sections)
     if faults:
         wrong = ConfigError("\n  ".join([f"{path} has {len(faults)} fault(s):", *faults]))
@@ -323,9 +323,8 @@ def load_config(path: Path, url: str | None = None) -> Config:
     return replace(config, redshift=replace(config.redshift, copy_role=role))
 
 
-def read_tables(given: Any, faults: list[str]) -> tuple[Table, ...]:
-    """The tables that the file describes, by name."""
-    tables: list[Table] = []
+def read_tables(given: Any, faults: list[str]) -> Iterator[Table]:
+    """The tables that the file describes."""
     given_tables = read_mapping(given, "tables", faults)
     if not given_tables:
         faults.append("tables: missing")
@@ -337,8 +336,7 @@ def read_tables(given: Any, faults: list[str]) -> tuple[Table, ...]:
         columns = tuple(parse_column(path, text, key) for path, text in texts.items())
         table = Table(name=name, staging=f"staging_{number}", columns=columns, **values)
         faults += table_faults(table)
-        tables.append(table)
-    return tuple(tables)
+        yield table
 
 
 def read_section(kind: type, given: Any, at: str, faults: list[str], **names: str) -> Any:
@@ -366,7 +364,7 @@ def read_mapping(given: Any, at: str, faults: list[str], names: Iterable[str] = 
 
 
 def read_setting(rule: Field[Any], kind: Any, given: Any, at: str, faults: list[str]) -> Any:
-    """The value of one setting, of the kind that its dataclass annotates; columns are texts yet."""
+    """The value of one setting, as its dataclass annotates it; of columns, the texts."""
     pattern, before = rule.metadata["rule"], len(faults)
     if rule.name == "audit_table" and given is not None and is_null(given):
         faults.append(f"{at}: cannot be null, loaders lock this table to take turns")
@@ -471,8 +469,7 @@ def expand_header(name: str, text: str, faults: list[str]) -> str:
     at, variable = f"source.headers.{name}", re.compile(r"\$\{(\w+)\}")
     values = {v: os.environ.get(v, "") for v in variable.findall(text)}
     hide(*values.values())
-    missing = [v for v, value in values.items() if not value]
-    faults += [f"{at}: ${{{v}}} is not set in the environment" for v in missing]
+    faults += [f"{at}: ${{{v}}} is not set in the environment" for v in values if not values[v]]
     sent = variable.sub(lambda found: values[found[1]], text)
     if not re.fullmatch(r"[\w-]+: [ -~]*", f"{name}: {sent}", re.ASCII):
         faults.append(f"{at}: has characters that no header can have")
@@ -488,12 +485,10 @@ context = {"service": "sequra-challenge", "pipeline": "", "step": "configuration
 paused = threading.Event()  # while the program waits, and has said so
 warned = MemoryHandler(1000, flushLevel=sys.maxsize)  # keeps the warnings for the alerts
 hidden: set[str] = set()  # what is masked, in each way of writing it
-# Scheme; user and password, in which a slash may stand as it is; host and path; query and fragment.
-# A slash may be escaped, as in JSON.
-URL = re.compile(
-    r"""(\b\w+:(?:\\*/){2})(?:([^\s/?#"'<>@]*|[^\s/:@"'<>]+:(?!\d+[/?#])[^\s"'<>@]*)@)?"""
-    r"""([^\s?#"<>]*)(?:[?#][^\s"<>]*)?"""
-)
+# User and password, in which a slash may stand as it is.
+LOGIN = r"""[^\s/?#"'<>@]*|[^\s/:@"'<>]+:(?!\d+[/?#])[^\s"'<>@]*"""
+# Scheme, login, host and path; query and fragment. A slash may be escaped, as in JSON.
+URL = re.compile(rf"""(\b\w+:(?:\\*/){{2}})(?:({LOGIN})@)?([^\s?#"<>]*)(?:[?#][^\s"<>]*)?""")
 SECRET_NAME = re.compile(
     r"((^|[^a-z]|api)key|token|secret|sig(nature)?|password|auth\w*|cookie)$", re.IGNORECASE
 )
@@ -576,8 +571,7 @@ def masked(text: str) -> str:
 
 def escaped(text: str) -> str:
     """The text with escapes for what could command a terminal or look like another line."""
-    escape = re.compile(r"[^\n -~]").sub
-    return escape(lambda c: c[0] if c[0].isprintable() else ascii(c[0])[1:-1], text)
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 def print_lines(*lines: str) -> None:
