@@ -40,7 +40,7 @@ import time
 import zlib
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
 from datetime import UTC, datetime, timedelta
 from decimal import Context, Decimal, DecimalException, Inexact, InvalidOperation
 from functools import cached_property, partial
@@ -50,7 +50,7 @@ from multiprocessing.pool import AsyncResult, ThreadPool
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, ClassVar, TextIO, get_type_hints
-from urllib.parse import parse_qsl, quote, unquote, urljoin, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, unquote_plus, urlencode, urljoin, urlsplit
 
 import yaml
 
@@ -78,6 +78,7 @@ ALERT_SECONDS = 10  # for all that is done about alerts
 PROGRESS_SECONDS = 5
 
 Columns = defaultdict[str, list[Any]]  # the values of a table's columns, by name
+Figures = dict[str, Any]  # of a step, by the names that the log has
 FieldNames = defaultdict[tuple[str, ...], set[str]]  # by table and path: what its objects have
 
 
@@ -168,12 +169,20 @@ class Source:
 
     url: str = setting(r".+")
     written_url: str = ""  # as the file has it, with ${NAME}
+    body: str = setting(r"[\s\S]+", "")  # JSON, sent by POST
     records: str = setting(PATH, "")
-    next: str = setting(PATH, "")
+    next: str = setting(rf"(?!\+0+$){PATH}", "")  # a path, Link, or what is added: +1, +100
+    next_param: str = setting(r".+", "")  # with a body a path in it
     max_pages: int = setting(r"[1-9]\d{0,6}", 1000)
     max_wait: int = setting(r"\d{1,5}", 900)  # seconds
     answer_seconds: int = setting(r"[1-9]\d{0,5}", 3600)
     headers: dict[str, str] = setting(r"[^\r\n]+")  # noqa: RUF009
+
+    @property
+    def step(self) -> int:
+        """What is added to ``next_param`` for each page; 0 where pages are not counted."""
+        counted = re.fullmatch(r"\+(\d+)", self.next, re.ASCII)
+        return int(counted[1]) if counted else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,7 +249,7 @@ class Column:
 class Table:
     """A target table: a row for each record, or with ``rows`` for each element of that array."""
 
-    name: str
+    name: str = ""
     staging: str = ""  # the name of the temporary table
     columns: tuple[Column, ...] = setting(TYPE)  # in the file "path: type"
     key: tuple[str, ...] = setting(r".+")
@@ -271,7 +280,7 @@ class Table:
 class Config:
     """What conf/pipeline.yaml says, checked."""
 
-    name: str  # of the file: pipeline
+    name: str = ""  # of the file: pipeline
     source: Source
     staging: Staging
     redshift: Redshift
@@ -309,45 +318,40 @@ def load_config(path: Path, url: str | None = None) -> Config:
     except Exception as error:  # a YAMLError, and for odd tags and depths whatever PyYAML meets
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     faults: list[str] = []
-    names, kinds = ("source", "staging", "redshift", "alerts"), get_type_hints(Config)
-    given = read_mapping(document, "", faults, (*names, "tables"))
-    sections = {n: kinds[n](**read_settings(kinds[n], given.get(n), n, faults)) for n in names}
-    tables = tuple(read_tables(given.get("tables"), faults))
-    config = Config(name=path.stem, tables=tables, **sections)
+    config: Config = read_section(Config, document, "", faults)
+    source = expand_source(config.source, url, faults)
     if faults:
         wrong = ConfigError("\n  ".join([f"{path} has {len(faults)} fault(s):", *faults]))
         if not any(fault.startswith("alerts") for fault in faults):
             wrong.alerts = config.alerts
         raise wrong
     role = config.redshift.copy_role or os.environ.get("AWS_ROLE_ARN") or None
-    return replace(config, redshift=replace(config.redshift, copy_role=role))
+    redshift = replace(config.redshift, copy_role=role)
+    return replace(config, name=path.stem, source=source, redshift=redshift)
+
+
+def read_section(kind: Any, given: Any, at: str, faults: list[str]) -> Any:
+    """A section of the file, as its dataclass; what is wrong with it is added to the faults."""
+    rules = {rule.name: rule for rule in fields(kind) if rule.metadata or rule.default is MISSING}
+    types, settings = get_type_hints(kind), read_mapping(given, at, faults, rules)
+    values = {
+        name: read_setting(rule, types[name], settings.get(name), f"{at}.{name}".strip("."), faults)
+        for name, rule in rules.items()
+    }
+    return kind(**values)
 
 
 def read_tables(given: Any, faults: list[str]) -> Iterator[Table]:
-    """The tables that the file describes."""
-    given_tables = read_mapping(given, "tables", faults)
-    if not given_tables:
+    """The tables that the file describes, by name."""
+    sections = read_mapping(given, "tables", faults)
+    if not sections:
         faults.append("tables: missing")
-    for number, (name, settings) in enumerate(given_tables.items(), 1):
-        values = read_settings(Table, settings, f"tables.{name}", faults)
-        texts, key = values.pop("columns"), values["key"] or ()
-        if not texts:
-            faults.append(f"tables.{name}.columns: missing")
-        columns = tuple(parse_column(path, text, key) for path, text in texts.items())
-        table = Table(name=name, staging=f"staging_{number}", columns=columns, **values)
+    for number, (name, section) in enumerate(sections.items(), 1):
+        table = read_section(Table, section, f"tables.{name}", faults)
+        columns = tuple(replace(c, in_key=c.name in (table.key or ())) for c in table.columns)
+        table = replace(table, name=name, staging=f"staging_{number}", columns=columns)
         faults += table_faults(table)
         yield table
-
-
-def read_section(kind: type, given: Any, at: str, faults: list[str], **names: str) -> Any:
-    """A section of the file, as its dataclass; what is wrong with it is added to the faults."""
-    rules = {rule.name: rule for rule in fields(kind) if rule.metadata}
-    types, settings = get_type_hints(kind), read_mapping(given, at, faults, rules)
-    values = {
-        name: read_setting(rule, types[name], settings.get(name), f"{at}.{name}", faults)
-        for name, rule in rules.items()
-    }
-    return kind(**values, **names)
 
 
 def read_mapping(given: Any, at: str, faults: list[str], names: Iterable[str] = ()) -> Any:
@@ -364,16 +368,18 @@ def read_mapping(given: Any, at: str, faults: list[str], names: Iterable[str] = 
 
 
 def read_setting(rule: Field[Any], kind: Any, given: Any, at: str, faults: list[str]) -> Any:
-    """The value of one setting, as its dataclass annotates it; of columns, the texts."""
+    """The value of one setting, of the kind that its dataclass annotates."""
+    if is_dataclass(kind):
+        return read_section(kind, given, at, faults)
+    if kind == tuple[Table, ...]:
+        return tuple(read_tables(given, faults))
     pattern, before = rule.metadata["rule"], len(faults)
-    if rule.name == "audit_table" and given is not None and is_null(given):
-        faults.append(f"{at}: cannot be null, loaders lock this table to take turns")
-    if rule.name in ("headers", "columns"):
+    if kind in (dict[str, str], tuple[Column, ...]):
         items = read_mapping(given, at, faults).items()
         texts = {name: read_text(pattern, text, f"{at}.{name}", faults) for name, text in items}
-        if rule.name == "headers":
-            return {name: expand_header(name, text, faults) for name, text in texts.items()}
-        return texts
+        return texts if kind == dict[str, str] else tuple(starmap(parse_column, texts.items()))
+    if rule.name == "audit_table" and given is not None and is_null(given):
+        faults.append(f"{at}: cannot be null, loaders lock this table to take turns")
     if is_null(given):
         faults += [f"{at}: missing"] * (rule.default is MISSING)
         return None if rule.default is MISSING else rule.default
@@ -400,11 +406,15 @@ def is_null(given: Any) -> bool:
 
 def shown(given: Any, at: str) -> str:
     """What the file has there, but for what may be a secret or part of one."""
-    return "what is there" if at.startswith(("alerts", "source.headers")) else repr(given)
+    return (
+        "what is there"
+        if at.startswith(("alerts", "source.headers", "source.body"))
+        else repr(given)
+    )
 
 
-def parse_column(path: str, text: str, key: Iterable[str] = ()) -> Column:
-    """The column that the file writes as "path: type", of a table with this key.
+def parse_column(path: str, text: str) -> Column:
+    """The column that the file writes as "path: type".
 
     Its name is what stands behind "as", else the path in snake case: ``links_patch_small`` of
     links.patch.small, ``ship_to`` of shipTo.
@@ -412,8 +422,7 @@ def parse_column(path: str, text: str, key: Iterable[str] = ()) -> Column:
     names, own = split_path(path), re.search(r" as (\w+)", text)
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", "_".join(names))
     name = own[1] if own else re.sub(r"\W", "_", words).lower()
-    kind = re.split(" not | as ", text)[0]
-    return Column(names, name, kind, " not null" in text, name in key)
+    return Column(names, name, re.split(" not | as ", text)[0], " not null" in text)
 
 
 def split_path(path: str) -> tuple[str, ...]:
@@ -464,16 +473,52 @@ def table_faults(table: Table) -> Iterator[str]:
         yield f"{at}: rows and parent go together"
 
 
-def expand_header(name: str, text: str, faults: list[str]) -> str:
-    """The header with the variables of the environment in the place of ${NAME}."""
-    at, variable = f"source.headers.{name}", re.compile(r"\$\{(\w+)\}")
-    values = {v: os.environ.get(v, "") for v in variable.findall(text)}
-    hide(*values.values())
-    faults += [f"{at}: ${{{v}}} is not set in the environment" for v in values if not values[v]]
-    sent = variable.sub(lambda found: values[found[1]], text)
-    if not re.fullmatch(r"[\w-]+: [ -~]*", f"{name}: {sent}", re.ASCII):
-        faults.append(f"{at}: has characters that no header can have")
-    return sent
+def expand_source(source: Source, url: str | None, faults: list[str]) -> Source:
+    """The source as it is asked: another URL, if there is one, and each ${NAME} replaced."""
+    written_url = url or source.url or ""
+    headers = source.headers.items()
+    expanded = replace(
+        source,
+        url=expand(written_url, "source.url", faults),
+        written_url=written_url,
+        body=expand(source.body, "source.body", faults),
+        headers={name: expand(text, f"source.headers.{name}", faults) for name, text in headers},
+    )
+    faults += source_faults(expanded)
+    return expanded
+
+
+def expand(text: str, at: str, faults: list[str]) -> str:
+    """The text with the variables of the environment, which are hidden, in the place of ${NAME}."""
+
+    def value(found: re.Match[str]) -> str:
+        text = os.environ.get(found[1], "")
+        if not text:
+            faults.append(f"{at}: {found[0]} is not set in the environment")
+        hide(text)
+        return json.dumps(text)[1:-1] if at == "source.body" else text
+
+    return re.sub(r"\$\{(\w+)\}", value, text)
+
+
+def source_faults(source: Source) -> Iterator[str]:
+    """What is wrong with the source although each of its settings is as it must be."""
+    for name, text in source.headers.items():
+        if not re.fullmatch(r"[\w-]+: [ -~]*", f"{name}: {text}", re.ASCII):
+            yield f"source.headers.{name}: has characters that no header can have"
+    if source.step and not source.next_param:
+        yield f"source.next: {source.next} needs source.next_param, to which it is added"
+    if source.next_param and source.next in ("", "Link"):
+        yield "source.next_param: needs the path of a cursor, or a number, at source.next"
+    if source.body and not is_http(source.url):
+        yield "source.body: is for a URL of http or https"
+    try:
+        request = Request(source.url, source.body)
+        number = number_of(request, source) if source.step else 1
+        with_parameter(request, source.next_param or "page", number)
+    except (*UNREADABLE, TypeError, AttributeError):
+        where = "source.body, a JSON object" if source.body else "source.url"
+        yield f"source.next_param: cannot be set to a number or a text in {where}"
 
 
 # --- log ----------------------------------------------------------------------------------------
@@ -594,7 +639,7 @@ def shorten(value: Any, length: int = 80) -> str:
 
 
 @contextlib.contextmanager
-def step(name: str, figures: dict[str, Any] | None = None) -> Iterator[dict[str, Any]]:
+def step(name: str, figures: Figures | None = None) -> Iterator[dict[str, Any]]:
     """Logs the figures that a step puts into the dict, every few seconds and when it is done."""
     context["step"] = name
     figures = {} if figures is None else figures
@@ -652,19 +697,29 @@ BROKEN_GZIP = EOFError, gzip.BadGzipFile, zlib.error
 UNREADABLE = (ValueError, ArithmeticError, RecursionError, EOFError, OSError, zlib.error)
 
 
-def extract(config: Config, folder: Path, figures: dict[str, Any]) -> Path:
+@dataclass(frozen=True)
+class Request:
+    """What the source is asked: to GET a URL, or with a body, which is JSON, to POST."""
+
+    url: str
+    body: str = ""
+
+    def __str__(self) -> str:
+        return f"{'POST' if self.body else 'GET'} {masked(self.url)}"
+
+
+def extract(config: Config, folder: Path, figures: Figures) -> Path:
     """Fetches the source (http, https, s3 or a local file) and returns the file that holds it."""
     source, target = config.source, folder / "response"
-    scheme, _, rest = source.url.partition("://")
     hide_credentials(source.url, source.headers)
-    if scheme.lower() in ("http", "https"):
+    if is_http(source.url):
         absolute_url("", source.url, "source.url")
         with http_session(source.headers) as session:
-            if source.records or source.next:
+            if source.records or source.next or source.body:
                 return download_pages(session, config, folder, figures)
-            download(session, source.url, target, source, figures)
-    elif scheme == "s3":
-        bucket, _, key = rest.partition("/")
+            download(session, Request(source.url), target, source, figures)
+    elif source.url.startswith("s3://"):
+        bucket, _, key = source.url.removeprefix("s3://").partition("/")
         with aws_errors("read", source.url):
             aws_client("s3").download_file(bucket, key, str(target))
     else:
@@ -672,7 +727,12 @@ def extract(config: Config, folder: Path, figures: dict[str, Any]) -> Path:
         if not target.is_file():
             what = "is not a file, nor a URL of http, https or s3"
             raise PipelineError(f"the source {masked(source.url)} {what}")
-    return target
+    return unwrap(target, config, folder)
+
+
+def is_http(url: str) -> bool:
+    """Whether a source is asked by HTTP."""
+    return url.lower().startswith(("http://", "https://"))
 
 
 def http_session(headers: dict[str, str]) -> requests.Session:
@@ -683,9 +743,11 @@ def http_session(headers: dict[str, str]) -> requests.Session:
     def check_redirect(response: requests.Response, **_: Any) -> None:
         if location := session.get_redirect_target(response):
             url = absolute_url(response.url, location, "a redirect")
+            redirect = f"redirect from {masked(response.url)} to {masked(url)}"
+            if response.request.method == "POST":
+                raise PipelineError(f"{redirect}, which a POST does not follow")
             if response.url.startswith("https:") > url.startswith("https:"):
-                here, there = masked(response.url), masked(url)
-                raise PipelineError(f"{here} redirects to {there}, without TLS")
+                raise PipelineError(f"{redirect}, without TLS")
             if is_elsewhere(response.url, url):
                 for name in headers:
                     response.request.headers.pop(name, None)
@@ -724,15 +786,15 @@ def is_elsewhere(url: str, other: str) -> bool:
 
 
 def download(
-    session: requests.Session, url: str, target: Path, source: Source, figures: dict[str, Any]
-) -> None:
-    """GETs the URL into the file.
+    session: requests.Session, request: Request, target: Path, source: Source, figures: Figures
+) -> str:
+    """Asks for an answer, writes it to the file, and returns what its header Link names as next.
 
     Tried again after what Retry-After asks for, else with exponential back-off and jitter:
     connection errors, time-outs, a body that ends early, 408 and 5xx a few times, and 429 until
     ``max_wait`` seconds would have been waited.
     """
-    get, before = f"GET {masked(url)}", figures.get("bytes", 0)
+    before = figures.get("bytes", 0)
     errors = requests.RequestException, urllib3.exceptions.HTTPError, ValueError, *BROKEN_GZIP
     tries, failures, give_up = 0, 0, time.monotonic() + source.max_wait
     while True:
@@ -740,14 +802,20 @@ def download(
         wait = min(2**tries, 60) * random.uniform(0.5, 1)
         try:
             with (
-                limit_seconds(source.answer_seconds, get),
-                session.get(url, stream=True, timeout=HTTP_TIMEOUT) as response,
+                limit_seconds(source.answer_seconds, str(request)),
+                session.request(
+                    "POST" if request.body else "GET",
+                    request.url,
+                    json=json.loads(request.body or "null"),
+                    stream=True,
+                    timeout=HTTP_TIMEOUT,
+                ) as response,
             ):
                 status = response.status_code
                 with contextlib.suppress(urllib3.exceptions.HTTPError, ValueError, OverflowError):
                     wait = urllib3.Retry().get_retry_after(response.raw) or wait
                 if status != 200:
-                    raise requests.HTTPError(response=response)
+                    raise requests.HTTPError(refusal(response), response=response)
                 length = response.raw.length_remaining if "pages" not in figures else None
                 with target.open("wb") as file:
                     for piece in decoded(response):
@@ -756,20 +824,26 @@ def download(
                         if length:
                             figures["percent"] = 100 * response.raw.tell() // length
                 figures.pop("percent", None)
-            if "next" in response.links and not source.next:
-                log.warning("the header Link names a next page, which is not followed")
-            return
+            link = response.links.get("next", {}).get("url", "")
+            if re.search(r"\brel=\W?next\b", response.headers.get("Link", "")):
+                if not source.next:
+                    log.warning(
+                        "the header Link names a next page, which source.next: Link follows"
+                    )
+                elif not link:
+                    raise PipelineError(f"{request}: its header Link cannot be read (source.next)")
+            return link
         except errors as error:
             reason, may_pass = request_failure(error)
         failures += status != 429
         if failures == HTTP_TRIES or not may_pass:
             kind = UnavailableError if may_pass else PipelineError
-            raise kind(f"{get}: {reason}, attempt {tries}")
+            raise kind(f"{request}: {reason}, attempt {tries}")
         at = datetime.now(UTC) + timedelta(seconds=wait)
         again = f"again in {wait:.1f} s, at {at:%H:%M:%SZ}"
         if time.monotonic() + wait > give_up:
             limit = f"source.max_wait, {source.max_wait} s"
-            raise UnavailableError(f"gave up: {get}: {reason}; {again}, would be after {limit}")
+            raise UnavailableError(f"gave up: {request}: {reason}; {again}, would be after {limit}")
         log.warning("%s, trying %s", reason, again)
         pause(wait)
 
@@ -810,14 +884,25 @@ def root_cause(error: BaseException) -> BaseException:
     return root_cause(inner) if inner else error
 
 
+def refusal(response: requests.Response) -> str:
+    """What a server says beside a status of 4xx: the first 200 characters, on one line."""
+    said = b""
+    if 400 <= response.status_code < 500:
+        with contextlib.suppress(Exception):  # the status tells, whatever becomes of its text
+            said = next(decoded(response), b"")
+    text = masked(" ".join(said.decode(errors="replace").split()))
+    return text if len(text) <= 200 else text[:200] + "…"
+
+
 def request_failure(error: Exception) -> tuple[str, bool]:
     """What a request failed for, and whether it may succeed the next time.
 
     Shows no URL, which may be secret; what requests says has it.
     """
     if isinstance(error, requests.HTTPError):
-        status, reason = error.response.status_code, error.response.reason
-        return f"HTTP {status} {reason}", status in (408, 429) or (status >= 500 and status != 501)
+        status, reason, said = error.response.status_code, error.response.reason, str(error)
+        text = f"HTTP {status} {reason}" + (f": {said}" if said else "")
+        return text, status in (408, 429) or (status >= 500 and status != 501)
     on_its_way = requests.ConnectionError, requests.Timeout
     back = urllib3.exceptions.ProtocolError, urllib3.exceptions.TimeoutError, *BROKEN_GZIP
     if isinstance(error, (*on_its_way, *back)):
@@ -835,35 +920,21 @@ def error_text(error: Exception) -> str:
 
 
 def download_pages(
-    session: requests.Session, config: Config, folder: Path, figures: dict[str, Any]
+    session: requests.Session, config: Config, folder: Path, figures: Figures
 ) -> Path:
-    """GETs page after page; returns a file of the records of all, one a line.
+    """Asks for page after page; returns a file of the records of all, one a line.
 
     A record that comes again on a later page, because the list moved meanwhile, is kept as it is
     there. Within one page it stays twice, for the check of the keys.
     """
-    source, url = config.source, config.source.url
-    key = [c.path for t in config.tables if not t.rows for c in t.columns if c.in_key] or [()]
+    key = key_paths(config) or [()]
     last_page: dict[str, int] = {}  # of the record with a key
     lines: list[tuple[str, int]] = []  # key and page of each
-    seen: set[str] = set()
     figures |= {"pages": 0, "records": 0}
     with (folder / "pages").open("w") as file:
-        while url:
-            page = len(seen) + 1
-            this = f"page {page}, {masked(url)},"
-            if page > source.max_pages:
-                raise PipelineError(f"{this} is one more than source.max_pages")
-            if url in seen:
-                raise PipelineError(f"{this} was there before")
-            if is_elsewhere(source.url, url):
-                raise PipelineError(f"{this} is on another host, or without TLS")
-            seen.add(url)
-            download(session, url, folder / "response", source, figures)
-            records, url = read_page(source, url, folder / "response")
+        for records in read_pages(session, config.source, folder / "response", figures):
+            page = figures["pages"] + 1
             for record in records:
-                if not isinstance(record, dict):
-                    raise PipelineError(f"page {page}: record is not an object: {shorten(record)}")
                 of_record = dump_exactly([dig(record, path) for path in key])
                 last_page[of_record] = page
                 lines.append((of_record, page))
@@ -875,38 +946,153 @@ def download_pages(
     return folder / "response.ndjson"
 
 
-def read_page(source: Source, url: str, file: Path) -> tuple[list[Any], str]:
-    """The records in one answer, and the URL of the next page, which is "" after the last."""
-    get, text = f"GET {masked(url)}", b""
+def key_paths(config: Config) -> list[tuple[str, ...]]:
+    """Where a record has the keys of its tables."""
+    return [c.path for t in config.tables if not t.rows for c in t.columns if c.in_key]
+
+
+def read_pages(
+    session: requests.Session, source: Source, file: Path, figures: Figures
+) -> Iterator[list[Any]]:
+    """Yields the records of page after page, each of which is downloaded to the file.
+
+    Raises PipelineError where the pages go round in a circle, leave this host, or skip records.
+    """
+    request: Request | None = Request(source.url, source.body)
+    seen, before = set[Request](), list[Any]()
+    while request:
+        page = f"page {len(seen) + 1}, {request},"
+        if len(seen) == source.max_pages:
+            raise PipelineError(f"{page} is one more than source.max_pages")
+        if request in seen:
+            raise PipelineError(f"{page} was there before")
+        if is_elsewhere(source.url, request.url):
+            raise PipelineError(f"{page} is on another host, or without TLS")
+        link = download(session, request, file, source, figures)
+        answer = read_answer(file, str(request))
+        if source.body and isinstance(answer, dict) and answer.get("errors"):
+            raise PipelineError(f"{page} has errors: {shorten(answer['errors'], 200)}")
+        records = records_of(answer, source, str(request))
+        if source.step and records and records == before:
+            what = f"{source.next_param} (source.next_param) is ignored"
+            raise PipelineError(f"{page} has the records of the page before: {what}")
+        if records and seen and len(before) < source.step > 1:
+            cap = f"the server gives fewer than {source.next} (source.next) at a time"
+            raise PipelineError(f"{page} comes after one of {len(before)} records: {cap}")
+        yield records
+        seen.add(request)
+        request, before = next_request(source, request, answer, records, link), records
+
+
+def read_answer(file: Path, what: str) -> Any:
+    """The JSON of an answer. Raises PipelineError for anything else."""
+    text = b""
     try:
         with open_body(file) as body:
             text = body.read()
-        page = json.loads(text, parse_float=Decimal)
+        return json.loads(text, parse_float=Decimal)
     except UNREADABLE as error:
         begins = shorten(text[:2000].decode(errors="replace"), 200)
-        raise PipelineError(f"{get}: not JSON: {error}, it begins {begins}") from None
-    records = dig(page, split_path(source.records))
+        raise PipelineError(f"{what}: not JSON: {error}, it begins {begins}") from None
+
+
+def records_of(answer: Any, source: Source, what: str) -> list[dict[str, Any]]:
+    """The records in an answer. Raises PipelineError where there is no array of objects."""
+    records = dig(answer, split_path(source.records))
     if not isinstance(records, list):
-        raise PipelineError(f"{get}: no array at source.records: {shorten(page, 200)}")
-    following = next_page(source, page) if source.next else None
+        lists = (
+            {n: v for n, v in answer.items() if isinstance(v, list)}
+            if isinstance(answer, dict)
+            else {}
+        )
+        hint = "".join(f"; set it to {join_path([n])}, which has {len(lists[n])}" for n in lists)
+        begins = shorten(answer, 200)
+        raise PipelineError(f"{what}: no array at source.records: {begins}{hint}")
+    for record in records:
+        if not isinstance(record, dict):
+            raise PipelineError(f"{what}: record is not an object: {shorten(record)}")
+    return records
+
+
+def next_request(
+    source: Source, request: Request, answer: Any, records: list[Any], link: str
+) -> Request | None:
+    """The request for the page after the one with this answer; None after the last."""
+    following: Any = None
+    if source.step:
+        following = number_of(request, source) + source.step if records else None
+    elif source.next:
+        following = link if source.next == "Link" else next_field(source, answer)
     if following in (None, ""):
-        return records, ""
-    if not isinstance(following, str) or not re.match(r"https?://|[/?]", following):
-        raise PipelineError(f"{get}: no URL at source.next: {shorten(following)}")
-    return records, absolute_url(url, following, "source.next")
+        return None
+    if source.next_param and type(following) in (int, str):
+        return with_parameter(request, source.next_param, following)
+    if not source.next_param and re.match(r"https?://|[/?]", str(following)):
+        return replace(request, url=absolute_url(request.url, str(following), "source.next"))
+    what = "cursor" if source.next_param else "URL"
+    raise PipelineError(f"{request}: no {what} at source.next: {shorten(following)}")
 
 
-def next_page(source: Source, page: Any) -> Any:
+def next_field(source: Source, answer: Any) -> Any:
     """What an answer has at source.next; null after the last page."""
     is_optional = source.next.endswith("?") and not source.next.endswith(r"\?")
     for name in split_path(source.next.removesuffix("?") if is_optional else source.next):
-        if page is not None and (not isinstance(page, dict) or name not in page):
+        if answer is not None and (not isinstance(answer, dict) or name not in answer):
             if is_optional:
                 return None
             what = f"no {source.next} (source.next); if the last page leaves it out, write"
             raise PipelineError(f"the answer has {what} {source.next}?")
-        page = page and page[name]
-    return page
+        answer = answer and answer[name]
+    return answer
+
+
+def number_of(request: Request, source: Source) -> int:
+    """What is counted: the request's own number, else 1 for a page and 0 for an offset."""
+    if request.body:
+        own = dig(json.loads(request.body), split_path(source.next_param))
+    else:
+        own = dict(parse_qsl(urlsplit(request.url).query)).get(source.next_param)
+    return int(source.step == 1 if own is None else own)
+
+
+def with_parameter(request: Request, name: str, value: Any) -> Request:
+    """The request with a parameter of its URL, or a path in its body, set to a value."""
+    if request.body:
+        *outer, last = split_path(name)
+        body = inner = json.loads(request.body)
+        for part in outer:
+            inner = inner.setdefault(part, {})
+        inner[last] = value
+        return replace(request, body=json.dumps(body, allow_nan=False))
+    url = urlsplit(request.url)
+    others = [p for p in url.query.split("&") if p and unquote_plus(p.partition("=")[0]) != name]
+    query = "&".join([*others, urlencode({name: value})])
+    return replace(request, url=url._replace(query=query).geturl())
+
+
+def unwrap(body: Path, config: Config, folder: Path) -> Path:
+    """The records of a file that is one object, like an answer; else the file as it is."""
+    answer = read_object(body)
+    # Raw responses hold records, one a line, even where there is only one.
+    if not answer or re.search(r"\.ndjson(\.gz)?$", config.source.url):
+        return body
+    is_record = any(dig(answer, path) is not None for path in key_paths(config))
+    records = [answer] if is_record else records_of(answer, config.source, "the source")
+    lines = folder / "response.ndjson"
+    lines.write_text("".join(dump_exactly(record) + "\n" for record in records))
+    return lines
+
+
+def read_object(file: Path) -> Any:
+    """The JSON object that is all of a file, on one line or several; else None."""
+    with contextlib.suppress(*UNREADABLE), open_body(file) as body:
+        if body.read(1000).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"{":
+            body.seek(0)
+            lines = filter(bytes.strip, body)
+            first, second = next(lines), next(lines, b"")
+            if not second.lstrip().startswith(b"{"):
+                return json.loads(first + second + body.read(), parse_float=Decimal)
+    return None
 
 
 MARK = secrets.token_hex(8)  # random, so that it stands in no text of the source
@@ -929,29 +1115,29 @@ def read_records(path: Path) -> Iterator[list[dict[str, Any]]]:
     """Yields the records in a file, gzipped or not, as lists of what a piece of the file holds.
 
     They are the objects of a JSON array, or of newline-delimited JSON. Numbers with a fraction or
-    an exponent become Decimal, so that no digit is lost. Raises PipelineError for anything else,
-    and where there is no record.
+    an exponent become Decimal, so that no digit is lost. Raises PipelineError for anything else.
     """
-    count = 0
+    count, size, records = 0, 0, list[Any]()
     try:
         with io.TextIOWrapper(open_body(path), "utf-8-sig", newline="\n") as text:
-            for elements in read_elements(text):
-                for element in elements:
-                    count += 1
-                    if not isinstance(element, dict):
-                        raise PipelineError(f"record {count} is not an object: {shorten(element)}")
-                yield elements
+            for element, characters in read_elements(text):
+                count, size = count + 1, size + characters
+                if not isinstance(element, dict):
+                    raise PipelineError(f"record {count} is not an object: {shorten(element)}")
+                records.append(element)
+                if size > READ_CHARACTERS:
+                    yield records
+                    size, records = 0, []
     except json.JSONDecodeError as error:
         near = shorten(masked(error.doc[: error.pos])[-40:] + masked(error.doc[error.pos :])[:40])
         raise PipelineError(f"not JSON after record {count}: {error.msg}, near {near}") from None
     except UNREADABLE as error:
         raise PipelineError(f"not readable after record {count}: {error}") from None
-    if not count:
-        raise PipelineError("the source is empty, there is nothing to load")
+    yield records
 
 
-def read_elements(text: TextIO) -> Iterator[list[Any]]:
-    """Yields what a JSON array holds, or each line: before an error all that is complete."""
+def read_elements(text: TextIO) -> Iterator[tuple[Any, int]]:
+    """Yields what a JSON array holds, or each line, with the characters that it takes."""
     pieces = iter(partial(text.read, READ_CHARACTERS), "")
     begins = next(filter(None, (piece.lstrip(WHITESPACE) for piece in pieces)), "")
     decoder = json.JSONDecoder(parse_float=Decimal)
@@ -959,26 +1145,16 @@ def read_elements(text: TextIO) -> Iterator[list[Any]]:
         yield from read_array(begins[1:], text, decoder)
     elif begins[:1] == "{":
         text.seek(0)
-        while lines := text.readlines(READ_CHARACTERS):
-            yield from read_lines(lines, decoder)
+        for line in text:
+            if line.strip(WHITESPACE):
+                yield decoder.decode(line), len(line)
     elif begins:
         what = "HTML or XML" if begins[:1] == "<" else "no JSON array"
         raise PipelineError(f"the source is {what}, it begins {shorten(begins, 200)}")
 
 
-def read_lines(lines: list[str], decoder: json.JSONDecoder) -> Iterator[list[Any]]:
-    """Yields the JSON of each line that is not blank."""
-    elements = []
-    try:
-        for line in lines:
-            if line.strip(WHITESPACE):
-                elements.append(decoder.decode(line))
-    finally:
-        yield elements
-
-
-def read_array(buffer: str, text: TextIO, decoder: json.JSONDecoder) -> Iterator[list[Any]]:
-    """Yields the elements of a JSON array whose bracket is read already, a list for each piece.
+def read_array(buffer: str, text: TextIO, decoder: json.JSONDecoder) -> Iterator[tuple[Any, int]]:
+    """Yields the elements of a JSON array whose bracket is read already.
 
     A piece ends with a comma, or where the text ends. Up to a comma every number and literal is
     complete, so that more text can only mend an error at the end of the piece, or a string that
@@ -989,32 +1165,25 @@ def read_array(buffer: str, text: TextIO, decoder: json.JSONDecoder) -> Iterator
     while is_open:
         more = text.read(size)
         buffer += more
-        piece = buffer[: buffer.rfind(",") + 1] if more else buffer
-        elements, position = list[Any](), 0
+        piece, position = buffer[: buffer.rfind(",") + 1] if more else buffer, 0
         try:
             while is_open:
                 end = skip(piece, position).end()
                 if not (is_first and piece.startswith("]", end)):
                     element, end = decoder.raw_decode(piece, end)
-                    elements.append(element)
+                    yield element, end - position
                     end = skip(piece, end).end()
                 if piece[end : end + 1] not in (",", "]"):
                     raise json.JSONDecodeError("Expecting ',' delimiter", piece, end)
                 is_first, is_open, position = False, piece[end] == ",", end + 1
         except json.JSONDecodeError as error:
-            is_at_end = error.pos == len(piece) or error.msg.startswith("Unterminated")
-            if not more or not is_at_end:
-                yield elements
-                if more or piece.rstrip(WHITESPACE).endswith("]"):
-                    raise
+            if not more and not piece.rstrip(WHITESPACE).endswith("]"):
                 raise json.JSONDecodeError("it ends early", piece, len(piece)) from None
-        except UNREADABLE:
-            yield elements
-            raise
-        yield elements
+            if not more or (error.pos < len(piece) and not error.msg.startswith("Unterminated")):
+                raise
         buffer = buffer[position:]
         # Doubled, so that one huge record is not scanned from its start for every piece.
-        size = READ_CHARACTERS if elements else size * 2
+        size = READ_CHARACTERS if position else size * 2
     while buffer:
         if buffer.strip(WHITESPACE):
             raise json.JSONDecodeError("Extra data after the array", buffer, 0)
@@ -1035,14 +1204,17 @@ def read_frames(
 
     Adds the names of all fields that it meets.
     """
-    count, columns = Counter[str](), [Columns(list) for _ in tables]
+    count, columns, is_empty = Counter[str](), [Columns(list) for _ in tables], True
     for records in read_records(body):
+        is_empty = is_empty and not records
         for table, of_table in zip(tables, columns, strict=True):
             flatten(records, table, of_table, names)
         count.update(pieces=1, records=len(records))
         if count["pieces"] == CHUNK_PIECES or count["records"] >= CHUNK_RECORDS:
             yield list(map(to_frame, tables, columns))
             count, columns = Counter(), [Columns(list) for _ in tables]
+    if is_empty and any(table.min_rows and not table.rows for table in tables):
+        raise PipelineError("the source is empty: only min_rows: 0 lets an empty one be loaded")
     yield list(map(to_frame, tables, columns))
 
 
