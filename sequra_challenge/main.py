@@ -168,7 +168,6 @@ class Source:
     """Where the records come from."""
 
     url: str = setting(r".+")
-    written_url: str = ""  # as the file has it, with ${NAME}
     body: str = setting(r"[\s\S]+", "")  # JSON, sent by POST
     records: str = setting(PATH, "")
     next: str = setting(rf"(?!\+0+$){PATH}", "")  # a path, Link, or what is added: +1, +100
@@ -176,7 +175,7 @@ class Source:
     max_pages: int = setting(r"[1-9]\d{0,6}", 1000)
     max_wait: int = setting(r"\d{1,5}", 900)  # seconds
     answer_seconds: int = setting(r"[1-9]\d{0,5}", 3600)
-    headers: dict[str, str] = setting(r"[^\r\n]+")  # noqa: RUF009
+    headers: dict[str, str] = setting(r"[\s\S]+")  # noqa: RUF009
 
     @property
     def step(self) -> int:
@@ -318,16 +317,17 @@ def load_config(path: Path, url: str | None = None) -> Config:
     except Exception as error:  # a YAMLError, and for odd tags and depths whatever PyYAML meets
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     faults: list[str] = []
+    if url and isinstance(document, dict) and isinstance(document.get("source"), dict):
+        document["source"]["url"] = url
     config: Config = read_section(Config, document, "", faults)
-    source = expand_source(config.source, url, faults)
+    faults += source_faults(config.source)
     if faults:
         wrong = ConfigError("\n  ".join([f"{path} has {len(faults)} fault(s):", *faults]))
         if not any(fault.startswith("alerts") for fault in faults):
             wrong.alerts = config.alerts
         raise wrong
     role = config.redshift.copy_role or os.environ.get("AWS_ROLE_ARN") or None
-    redshift = replace(config.redshift, copy_role=role)
-    return replace(config, name=path.stem, source=source, redshift=redshift)
+    return replace(config, name=path.stem, redshift=replace(config.redshift, copy_role=role))
 
 
 def read_section(kind: Any, given: Any, at: str, faults: list[str]) -> Any:
@@ -348,7 +348,7 @@ def read_tables(given: Any, faults: list[str]) -> Iterator[Table]:
         faults.append("tables: missing")
     for number, (name, section) in enumerate(sections.items(), 1):
         table = read_section(Table, section, f"tables.{name}", faults)
-        columns = tuple(replace(c, in_key=c.name in (table.key or ())) for c in table.columns)
+        columns = tuple(replace(c, in_key=c.name in table.key) for c in table.columns)
         table = replace(table, name=name, staging=f"staging_{number}", columns=columns)
         faults += table_faults(table)
         yield table
@@ -382,7 +382,7 @@ def read_setting(rule: Field[Any], kind: Any, given: Any, at: str, faults: list[
         faults.append(f"{at}: cannot be null, loaders lock this table to take turns")
     if is_null(given):
         faults += [f"{at}: missing"] * (rule.default is MISSING)
-        return None if rule.default is MISSING else rule.default
+        return "" if rule.default is MISSING else rule.default
     if kind == tuple[str, ...]:
         several = given if isinstance(given, list) else [given]
         return tuple(read_text(pattern, text, at, faults) for text in several)
@@ -391,7 +391,9 @@ def read_setting(rule: Field[Any], kind: Any, given: Any, at: str, faults: list[
 
 
 def read_text(pattern: str, given: Any, at: str, faults: list[str]) -> str:
-    """A text that matches the pattern, or else is a fault."""
+    """A text that matches the pattern, or else is a fault; in the source without ${NAME}."""
+    if at.startswith("source.") and isinstance(given, str):
+        given = expand(given, at, faults)
     if is_null(given):
         faults.append(f"{at}: missing")
     elif not isinstance(given, str) or not re.fullmatch(pattern, given, re.ASCII):
@@ -436,66 +438,47 @@ def join_path(names: Iterable[str]) -> str:
     return ".".join(re.sub(r"[\\.]", r"\\\g<0>", name) for name in names)
 
 
-def table_faults(table: Table) -> Iterator[str]:
+def table_faults(table: Table) -> list[str]:
     """What is wrong with a table although each of its settings is as it must be."""
-    at = f"tables.{table.name}"
-    if not table.columns:
-        yield f"{at}.columns: missing"
-    if not re.fullmatch(rf"{NAME}\.{NAME}", table.name):
-        yield f"{at}: must be schema.table, each matching {NAME}"
+    at, rule, own = f"tables.{table.name}", f"must match {NAME}", 'say "as another_name"'
+    found: list[tuple[Any, str]] = [
+        (not table.columns, f"{at}.columns: missing"),
+        (not re.fullmatch(rf"{NAME}\.{NAME}", table.name), f"{at}: must be schema.table, {rule}"),
+        (table.key == (), f"{at}.key: must name the columns that no two rows share"),
+        (bool(table.rows) != bool(table.parent), f"{at}: rows and parent go together"),
+    ]
     for column in table.columns:
-        path = f"{at}.columns.{join_path(column.path)}"
-        if not column.path or not all(column.path):
-            yield f"{path}: a name in the path is empty"
-        elif not re.fullmatch(NAME, column.name):
-            yield f'{path}: {column.name!r} must match {NAME}: say "as another_name"'
-        if column.name in RESERVED:
-            yield f"{path}: the name {column.name!r} is reserved"
-        most = 38 if column.kind == "decimal" else 65_535
-        if column.arguments and not 0 < column.arguments[0] <= most:
-            yield f"{path}: {column.type}: {column.kind} takes 1 to {most}"
-        if column.arguments and column.arguments[-1] > column.arguments[0]:
-            yield f"{path}: {column.type}: the scale is larger than the precision"
-    for name, paths in Counter(column.name for column in table.columns).items():
-        if paths > 1:
-            yield f'{at}.columns: {paths} paths give {name!r}: say "as another_name"'
+        path, kind = f"{at}.columns.{join_path(column.path)}", column.type
+        size, most = column.arguments or (1,), 38 if column.kind == "decimal" else 65_535
+        name = repr(column.name)
+        found += [
+            (not column.path or "" in column.path, f"{path}: a name in the path is empty"),
+            (not re.fullmatch(f"{NAME}|", column.name), f"{path}: {name} {rule}: {own}"),
+            (column.name in RESERVED, f"{path}: the name {name} is reserved: {own}"),
+            (not 0 < size[0] <= most, f"{path}: {kind}: {column.kind} takes 1 to {most}"),
+            (size[-1] > size[0], f"{path}: {kind}: the scale is larger than the precision"),
+        ]
+    for name, paths in Counter(table.names).items():
+        found += [(paths > 1, f"{at}.columns: {paths} paths give {name!r}: {own}")]
     comparable = {column.name for column in table.columns if column.kind != "super"}
     named = {join_path(column.path): f", its column is {column.name!r}" for column in table.columns}
     for setting in ("key", "sort_key", "dist_key"):
         names = getattr(table, setting) or ()
         for name in (names,) if isinstance(names, str) else names:
-            if name not in comparable:
-                hint = named.get(name, "")
-                yield f"{at}.{setting}: {name!r} is not a column that can be compared{hint}"
-    if table.key == ():
-        yield f"{at}.key: must name the columns that no two rows share"
-    if bool(table.rows) != bool(table.parent):
-        yield f"{at}: rows and parent go together"
-
-
-def expand_source(source: Source, url: str | None, faults: list[str]) -> Source:
-    """The source as it is asked: another URL, if there is one, and each ${NAME} replaced."""
-    written_url = url or source.url or ""
-    headers = source.headers.items()
-    expanded = replace(
-        source,
-        url=expand(written_url, "source.url", faults),
-        written_url=written_url,
-        body=expand(source.body, "source.body", faults),
-        headers={name: expand(text, f"source.headers.{name}", faults) for name, text in headers},
-    )
-    faults += source_faults(expanded)
-    return expanded
+            text = f"{name!r} is not a column that can be compared{named.get(name, '')}"
+            found += [(name not in comparable, f"{at}.{setting}: {text}")]
+    return [fault for is_wrong, fault in found if is_wrong]
 
 
 def expand(text: str, at: str, faults: list[str]) -> str:
-    """The text with the variables of the environment, which are hidden, in the place of ${NAME}."""
+    """The text with the environment's values in the place of ${NAME}, as which they are shown."""
 
     def value(found: re.Match[str]) -> str:
-        text = os.environ.get(found[1], "")
+        text = os.environ.get(found[1])
         if not text:
             faults.append(f"{at}: {found[0]} is not set in the environment")
-        hide(text)
+            return found[0]
+        hide(text, mask=found[0])
         return json.dumps(text)[1:-1] if at == "source.body" else text
 
     return re.sub(r"\$\{(\w+)\}", value, text)
@@ -529,7 +512,7 @@ log = logging.getLogger("sequra_challenge")
 context = {"service": "sequra-challenge", "pipeline": "", "step": "configuration"}
 paused = threading.Event()  # while the program waits, and has said so
 warned = MemoryHandler(1000, flushLevel=sys.maxsize)  # keeps the warnings for the alerts
-hidden: set[str] = set()  # what is masked, in each way of writing it
+hidden: dict[str, str] = {}  # what is masked, in each way of writing it, and by what
 # User and password, in which a slash may stand as it is.
 LOGIN = r"""[^\s/?#"'<>@]*|[^\s/:@"'<>]+:(?!\d+[/?#])[^\s"'<>@]*"""
 # Scheme, login, host and path; query and fragment. A slash may be escaped, as in JSON.
@@ -585,14 +568,14 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line)
 
 
-def hide(*values: str) -> None:
+def hide(*values: str, mask: str = "***") -> None:
     """Has these texts masked wherever something is shown, also as URLs and JSON write them."""
     for value in filter(re.compile(r"\w").search, values):
         forms = {value, quote(value, safe="", errors="replace"), join_path([value])}
         for _ in "a server sends JSON", "and we show its text as JSON":
             forms |= {form.replace("/", r"\/") for form in forms}
             forms |= {json.dumps(f, ensure_ascii=a)[1:-1] for f in forms for a in (True, False)}
-        hidden.update(forms)
+        hidden.update(dict.fromkeys(forms, mask))
 
 
 def hide_credentials(url: str, headers: dict[str, str]) -> None:
@@ -610,7 +593,7 @@ def masked(text: str) -> str:
     """The text without what is hidden, and with the host and path of URLs only."""
     for secret in sorted(hidden, key=len, reverse=True):
         pattern = re.escape(secret) if len(secret) > 3 else rf"\b{re.escape(secret)}\b"
-        text = re.sub(pattern, "***", text)
+        text = re.sub(pattern, hidden[secret], text)
     return URL.sub(r"\1\3", text)
 
 
@@ -716,7 +699,8 @@ def extract(config: Config, folder: Path, figures: Figures) -> Path:
         absolute_url("", source.url, "source.url")
         with http_session(source.headers) as session:
             if source.records or source.next or source.body:
-                return download_pages(session, config, folder, figures)
+                pages = read_pages(session, source, target, figures)
+                return write_pages(pages, config, folder, figures)
             download(session, Request(source.url), target, source, figures)
     elif source.url.startswith("s3://"):
         bucket, _, key = source.url.removeprefix("s3://").partition("/")
@@ -727,7 +711,12 @@ def extract(config: Config, folder: Path, figures: Figures) -> Path:
         if not target.is_file():
             what = "is not a file, nor a URL of http, https or s3"
             raise PipelineError(f"the source {masked(source.url)} {what}")
-    return unwrap(target, config, folder)
+    if is_one_object(target) and not re.search(r"\.ndjson(\.gz)?$", source.url):
+        answer = read_answer(target, "the source")
+        is_record = any(dig(answer, path) is not None for path in key_paths(config))
+        records = [answer] if is_record else records_of(answer, source, "the source")
+        return write_pages([records], config, folder, figures)
+    return target
 
 
 def is_http(url: str) -> bool:
@@ -735,9 +724,10 @@ def is_http(url: str) -> bool:
     return url.lower().startswith(("http://", "https://"))
 
 
-def http_session(headers: dict[str, str]) -> requests.Session:
-    """A session that sends these headers, but not to another host after a redirect."""
-    session, trusted = requests.Session(), ssl.create_default_context()
+def http_session(headers: dict[str, str]) -> Any:
+    """A session of requests that sends these headers, but not to another host after a redirect."""
+    session: Any = requests.Session()
+    trusted = ssl.create_default_context()
     session.headers.update({"Accept-Encoding": "gzip"} | headers)
 
     def check_redirect(response: requests.Response, **_: Any) -> None:
@@ -748,7 +738,7 @@ def http_session(headers: dict[str, str]) -> requests.Session:
                 raise PipelineError(f"{redirect}, which a POST does not follow")
             if response.url.startswith("https:") > url.startswith("https:"):
                 raise PipelineError(f"{redirect}, without TLS")
-            if is_elsewhere(response.url, url):
+            if session.should_strip_auth(response.url, url):
                 for name in headers:
                     response.request.headers.pop(name, None)
 
@@ -779,21 +769,15 @@ def absolute_url(base: str, reference: str, what: str) -> str:
     raise PipelineError(f"{what} {rule}: {shorten(reference)}")
 
 
-def is_elsewhere(url: str, other: str) -> bool:
-    """Whether what is secret for one URL must not be sent to the other."""
-    session: Any = requests.Session()
-    return bool(session.should_strip_auth(url, other))
-
-
-def download(
-    session: requests.Session, request: Request, target: Path, source: Source, figures: Figures
-) -> str:
+def download(session: Any, request: Request, file: Path, source: Source, figures: Figures) -> str:
     """Asks for an answer, writes it to the file, and returns what its header Link names as next.
 
     Tried again after what Retry-After asks for, else with exponential back-off and jitter:
     connection errors, time-outs, a body that ends early, 408 and 5xx a few times, and 429 until
     ``max_wait`` seconds would have been waited.
     """
+    method, body = ("POST", json.loads(request.body)) if request.body else ("GET", None)
+    ask = partial(session.request, method, request.url, stream=True, timeout=HTTP_TIMEOUT)
     before = figures.get("bytes", 0)
     errors = requests.RequestException, urllib3.exceptions.HTTPError, ValueError, *BROKEN_GZIP
     tries, failures, give_up = 0, 0, time.monotonic() + source.max_wait
@@ -801,38 +785,26 @@ def download(
         tries, status = tries + 1, 0
         wait = min(2**tries, 60) * random.uniform(0.5, 1)
         try:
-            with (
-                limit_seconds(source.answer_seconds, str(request)),
-                session.request(
-                    "POST" if request.body else "GET",
-                    request.url,
-                    json=json.loads(request.body or "null"),
-                    stream=True,
-                    timeout=HTTP_TIMEOUT,
-                ) as response,
-            ):
+            with limit_seconds(source.answer_seconds, str(request)), ask(json=body) as response:
                 status = response.status_code
                 with contextlib.suppress(urllib3.exceptions.HTTPError, ValueError, OverflowError):
                     wait = urllib3.Retry().get_retry_after(response.raw) or wait
                 if status != 200:
-                    raise requests.HTTPError(refusal(response), response=response)
+                    response.reason = f"{response.reason}{refusal(response)}"
+                    raise requests.HTTPError(response=response)
                 length = response.raw.length_remaining if "pages" not in figures else None
-                with target.open("wb") as file:
+                with file.open("wb") as target:
                     for piece in decoded(response):
-                        file.write(piece)
-                        figures["bytes"] = before + file.tell()
+                        target.write(piece)
+                        figures["bytes"] = before + target.tell()
                         if length:
                             figures["percent"] = 100 * response.raw.tell() // length
                 figures.pop("percent", None)
-            link = response.links.get("next", {}).get("url", "")
-            if re.search(r"\brel=\W?next\b", response.headers.get("Link", "")):
-                if not source.next:
-                    log.warning(
-                        "the header Link names a next page, which source.next: Link follows"
-                    )
-                elif not link:
-                    raise PipelineError(f"{request}: its header Link cannot be read (source.next)")
-            return link
+            # Not response.links, which ends a URL at a semicolon, and then knows of no next page.
+            link = re.search(r'<([^>]*)>[^<]*\brel="?next\b', response.headers.get("Link", ""))
+            if link and not source.next:
+                log.warning("the header Link names a next page: source.next: Link would follow it")
+            return link[1] if link else ""
         except errors as error:
             reason, may_pass = request_failure(error)
         failures += status != 429
@@ -885,13 +857,13 @@ def root_cause(error: BaseException) -> BaseException:
 
 
 def refusal(response: requests.Response) -> str:
-    """What a server says beside a status of 4xx: the first 200 characters, on one line."""
+    """What a server says beside a status of 4xx: ": " and 200 characters, on one line, or ""."""
     said = b""
     if 400 <= response.status_code < 500:
         with contextlib.suppress(Exception):  # the status tells, whatever becomes of its text
             said = next(decoded(response), b"")
     text = masked(" ".join(said.decode(errors="replace").split()))
-    return text if len(text) <= 200 else text[:200] + "…"
+    return (f": {text[:200]}" if text else "") + "…" * (len(text) > 200)
 
 
 def request_failure(error: Exception) -> tuple[str, bool]:
@@ -900,9 +872,8 @@ def request_failure(error: Exception) -> tuple[str, bool]:
     Shows no URL, which may be secret; what requests says has it.
     """
     if isinstance(error, requests.HTTPError):
-        status, reason, said = error.response.status_code, error.response.reason, str(error)
-        text = f"HTTP {status} {reason}" + (f": {said}" if said else "")
-        return text, status in (408, 429) or (status >= 500 and status != 501)
+        status, reason = error.response.status_code, error.response.reason
+        return f"HTTP {status} {reason}", status in (408, 429) or (status >= 500 and status != 501)
     on_its_way = requests.ConnectionError, requests.Timeout
     back = urllib3.exceptions.ProtocolError, urllib3.exceptions.TimeoutError, *BROKEN_GZIP
     if isinstance(error, (*on_its_way, *back)):
@@ -919,10 +890,8 @@ def error_text(error: Exception) -> str:
     return request_failure(error)[0]
 
 
-def download_pages(
-    session: requests.Session, config: Config, folder: Path, figures: Figures
-) -> Path:
-    """Asks for page after page; returns a file of the records of all, one a line.
+def write_pages(pages: Iterable[list[Any]], config: Config, folder: Path, figures: Figures) -> Path:
+    """Writes the records of all pages to a file, one a line.
 
     A record that comes again on a later page, because the list moved meanwhile, is kept as it is
     there. Within one page it stays twice, for the check of the keys.
@@ -932,16 +901,15 @@ def download_pages(
     lines: list[tuple[str, int]] = []  # key and page of each
     figures |= {"pages": 0, "records": 0}
     with (folder / "pages").open("w") as file:
-        for records in read_pages(session, config.source, folder / "response", figures):
-            page = figures["pages"] + 1
+        for page, records in enumerate(pages, 1):
             for record in records:
                 of_record = dump_exactly([dig(record, path) for path in key])
                 last_page[of_record] = page
                 lines.append((of_record, page))
                 file.write(dump_exactly(record) + "\n")
             figures |= {"pages": page, "records": len(last_page)}
-    with (folder / "pages").open() as pages, (folder / "response.ndjson").open("w") as file:
-        for line, (of_record, page) in zip(pages, lines, strict=True):
+    with (folder / "pages").open() as written, (folder / "response.ndjson").open("w") as file:
+        for line, (of_record, page) in zip(written, lines, strict=True):
             file.write(line if last_page[of_record] == page else "")
     return folder / "response.ndjson"
 
@@ -951,9 +919,7 @@ def key_paths(config: Config) -> list[tuple[str, ...]]:
     return [c.path for t in config.tables if not t.rows for c in t.columns if c.in_key]
 
 
-def read_pages(
-    session: requests.Session, source: Source, file: Path, figures: Figures
-) -> Iterator[list[Any]]:
+def read_pages(session: Any, source: Source, file: Path, figures: Figures) -> Iterator[list[Any]]:
     """Yields the records of page after page, each of which is downloaded to the file.
 
     Raises PipelineError where the pages go round in a circle, leave this host, or skip records.
@@ -966,7 +932,7 @@ def read_pages(
             raise PipelineError(f"{page} is one more than source.max_pages")
         if request in seen:
             raise PipelineError(f"{page} was there before")
-        if is_elsewhere(source.url, request.url):
+        if session.should_strip_auth(source.url, request.url):
             raise PipelineError(f"{page} is on another host, or without TLS")
         link = download(session, request, file, source, figures)
         answer = read_answer(file, str(request))
@@ -1000,14 +966,11 @@ def records_of(answer: Any, source: Source, what: str) -> list[dict[str, Any]]:
     """The records in an answer. Raises PipelineError where there is no array of objects."""
     records = dig(answer, split_path(source.records))
     if not isinstance(records, list):
-        lists = (
-            {n: v for n, v in answer.items() if isinstance(v, list)}
-            if isinstance(answer, dict)
-            else {}
-        )
-        hint = "".join(f"; set it to {join_path([n])}, which has {len(lists[n])}" for n in lists)
-        begins = shorten(answer, 200)
-        raise PipelineError(f"{what}: no array at source.records: {begins}{hint}")
+        names = answer if isinstance(answer, dict) else ()
+        arrays = [name for name in names if isinstance(answer[name], list)]
+        hints = [f"; set it to {join_path([n])}, which has {len(answer[n])}" for n in arrays]
+        text = f"no array at source.records: {shorten(answer, 200)}{''.join(hints)}"
+        raise PipelineError(f"{what}: {text}")
     for record in records:
         if not isinstance(record, dict):
             raise PipelineError(f"{what}: record is not an object: {shorten(record)}")
@@ -1070,29 +1033,14 @@ def with_parameter(request: Request, name: str, value: Any) -> Request:
     return replace(request, url=url._replace(query=query).geturl())
 
 
-def unwrap(body: Path, config: Config, folder: Path) -> Path:
-    """The records of a file that is one object, like an answer; else the file as it is."""
-    answer = read_object(body)
-    # Raw responses hold records, one a line, even where there is only one.
-    if not answer or re.search(r"\.ndjson(\.gz)?$", config.source.url):
-        return body
-    is_record = any(dig(answer, path) is not None for path in key_paths(config))
-    records = [answer] if is_record else records_of(answer, config.source, "the source")
-    lines = folder / "response.ndjson"
-    lines.write_text("".join(dump_exactly(record) + "\n" for record in records))
-    return lines
-
-
-def read_object(file: Path) -> Any:
-    """The JSON object that is all of a file, on one line or several; else None."""
+def is_one_object(file: Path) -> bool:
+    """Whether a file is one JSON object, like an answer, and not a line for each record."""
     with contextlib.suppress(*UNREADABLE), open_body(file) as body:
         if body.read(1000).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"{":
             body.seek(0)
             lines = filter(bytes.strip, body)
-            first, second = next(lines), next(lines, b"")
-            if not second.lstrip().startswith(b"{"):
-                return json.loads(first + second + body.read(), parse_float=Decimal)
-    return None
+            return next(lines) and not next(lines, b"").lstrip().startswith(b"{")
+    return False
 
 
 MARK = secrets.token_hex(8)  # random, so that it stands in no text of the source
@@ -1639,7 +1587,7 @@ class Stager:
             entries = [{"url": url, "mandatory": True} for url in urls]
             manifest.write_text(json.dumps({"entries": entries}, indent=2))
             self._upload(name, manifest)
-        source = masked(self.run.config.source.written_url)
+        source = masked(self.run.config.source.url)
         return {"source": source, "raw": self.run.url("raw", raw.name), "sha256": sha256}
 
     def _append(self, table: Table, lines: list[bytes]) -> None:
@@ -2341,7 +2289,7 @@ def run_steps(run: Run, dry_run: bool) -> str:
         folder = Path(tempfile.gettempdir(), f"sequra-{secrets.token_hex(8)}")
         at_end.callback(remove, folder)
         folder.mkdir(mode=0o700)
-        log.info("%s from %s", run.id, masked(config.source.written_url))
+        log.info("%s from %s", run.id, masked(config.source.url))
         if not dry_run:
             context["step"] = "connect"
             check_login(config.redshift)

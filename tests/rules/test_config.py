@@ -209,7 +209,7 @@ def test_names_that_redshift_or_the_load_has_taken_are_refused() -> None:
     for path in (*reserved.split(), "_run.id"):
         name = path.replace(".", "_")
         assert faults(valid_but(f"{OPEN} / columns", COLUMNS | {path: "integer"})) == [
-            f"{LAUNCHES}.columns.{path}: the name {name!r} is reserved"
+            f'{LAUNCHES}.columns.{path}: the name {name!r} is reserved: say "as another_name"'
         ]
 
 

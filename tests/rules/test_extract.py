@@ -136,7 +136,7 @@ def test_no_next_page_without_tls_after_one_with_it(
     address += "/v5/launches"
     monkeypatch.setenv("SSL_CERT_FILE", str(authority))
     pages = page(things(1), "?2"), page(things(2), f"http://{address}?3"), page(things(3))
-    with pytest.raises(PipelineError, match=f"page 3, http://{address}"):
+    with pytest.raises(PipelineError, match=f"page 3, GET http://{address}"):
         fetch(*pages, url=f"https://{address}")
     assert len(source.requests) == 2
 
