@@ -8,17 +8,11 @@ from typing import Any
 
 import pytest
 
-from helpers import ConfigError, PipelineError, Table, rows_of, table_of, warn_of_drift
+from helpers import PipelineError, Table, rows_of, table_of, warn_of_drift
 
 IMAGES: dict[str, Any] = {"rows": "images", "parent": "product", "key": ["product_id", "position"]}
 IMAGE_COLUMNS = {"product.id": "integer", "position": "smallint"}
 UNKNOWN = "the source has fields that no table loads: "
-
-
-def faults(columns: dict[str, str], key: str = "id", **settings: Any) -> str:
-    with pytest.raises(ConfigError) as refused:
-        table_of({"id": "integer"} | columns, key, **settings)
-    return str(refused.value)
 
 
 def warnings(caplog: pytest.LogCaptureFixture, table: Table, *records: Any) -> list[str]:
@@ -44,43 +38,6 @@ def test_a_column_has_a_name_of_its_own(path: str, text: str, name: str, not_nul
     assert " as " not in column.type
 
 
-@pytest.mark.parametrize(
-    ("columns", "message"),
-    [
-        ({"größe": "integer"}, "columns.größe: 'größe' must match [a-z_]"),
-        ({"24h": "integer as 24h"}, "columns.24h: must match (boolean|"),
-        ({"a": "integer as Größe"}, "columns.a: must match (boolean|"),
-        ({"a": "integer as"}, "columns.a: must match (boolean|"),
-        ({"a": "as b"}, "columns.a: must match (boolean|"),
-        ({"a": "integer as oid"}, "columns.a: the name 'oid' is reserved"),
-        ({"a": "integer as b", "b": "integer"}, "columns: 2 paths give 'b': say"),
-        ({"+1": "integer", "-1": "integer"}, "columns: 2 paths give '_1': say"),
-    ],
-)
-def test_a_name_that_cannot_be_is_refused(columns: dict[str, str], message: str) -> None:
-    assert message in faults(columns)
-
-
-@pytest.mark.parametrize("wrong", ["int", "text", "numeric(5,2)", "json", "uuid", "varchar"])
-def test_a_type_that_there_is_not_is_told_those_that_there_are(wrong: str) -> None:
-    (line,) = [line for line in faults({"a": wrong}).splitlines() if "columns.a" in line]
-    for type_ in ("boolean", "bigint", "decimal", "varchar", "super"):
-        assert type_ in line
-    assert f"'{wrong}'" in line
-
-
-@pytest.mark.parametrize("setting", ["key", "sort_key", "dist_key"])
-@pytest.mark.parametrize("path", ["Order ID", "orderId", "order.id"])
-def test_a_path_as_key_is_told_the_columns_name(setting: str, path: str) -> None:
-    columns, settings = {"id": "integer", path: "integer"}, {"key": "id"} | {setting: path}
-    with pytest.raises(ConfigError) as refused:
-        table_of(columns, **settings)
-    assert (
-        f".{setting}: {path!r} is not a column that can be compared, its column is 'order_id'"
-        in str(refused.value)
-    )
-
-
 # --- paths --------------------------------------------------------------------------------------
 
 
@@ -104,11 +61,6 @@ def test_a_dot_in_a_name_has_a_backslash(
         record = {name: record}
     assert rows_of([{"id": 1, **record}], table) == [["1", "found"]]
     assert warnings(caplog, table, {"id": 2, **record}) == []
-
-
-@pytest.mark.parametrize("path", ["a.", ".a", "a..b", r"a\..", ""])
-def test_a_path_that_is_none_is_refused(path: str) -> None:
-    assert f"columns.{path}: " in faults({path: "integer as v"})
 
 
 def test_a_name_with_a_dot_is_no_path(caplog: pytest.LogCaptureFixture) -> None:
