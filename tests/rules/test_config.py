@@ -158,6 +158,21 @@ def test_a_name_is_in_snake_case(path: str) -> None:
     assert table_of({path: "integer"}, NAMES[path]).columns[0].name == NAMES[path]
 
 
+@pytest.mark.parametrize(
+    ("path", "text", "name", "not_null"),
+    [
+        ("reactions.+1", "integer as plus_one", "plus_one", False),
+        ("24h", "integer not null as last_day", "last_day", True),
+        ("größe", "integer as size not null", "size", True),
+        ("a", "decimal(5,2) as b", "b", False),
+    ],
+)
+def test_a_column_has_a_name_of_its_own(path: str, text: str, name: str, not_null: bool) -> None:
+    column = table_of({"id": "integer", path: text}).columns[1]
+    assert (column.name, column.not_null) == (name, not_null)
+    assert " as " not in column.type
+
+
 def test_all_faults_are_in_one_message() -> None:
     found = faults("""
 source: {}
