@@ -13,6 +13,7 @@ import io
 import itertools
 import json
 import re
+import socket
 import ssl
 import tempfile
 import time
@@ -31,7 +32,7 @@ import urllib3
 import yaml
 
 from redshift import make_certificate
-from sandbox import BUCKET, PIPELINE, SAMPLE, SECRET, LocalServer, Sandbox, Source, answer
+from sandbox import BUCKET, PIPELINE, SAMPLE, SECRET, Handler, LocalServer, Sandbox, Source, answer
 from sequra_challenge import main
 from sequra_challenge.main import Config, Table
 from sequra_challenge.main import ConfigError as ConfigError
@@ -329,7 +330,7 @@ class FlakyProxy(LocalServer):
         self.faults = list(faults)
         proxy, pool = self, urllib3.PoolManager()
 
-        class Handler(BaseHTTPRequestHandler):
+        class Passes(Handler):
             protocol_version = "HTTP/1.1"
 
             def handle_request(self) -> None:
@@ -345,10 +346,18 @@ class FlakyProxy(LocalServer):
 
             do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = handle_request
 
-            def log_message(self, *_: Any) -> None:
-                pass
+        super().__init__(Passes)
 
-        super().__init__(Handler)
+
+def relay(source: socket.socket, target: socket.socket, left: int = 1 << 60) -> None:
+    """Sends on what comes, up to so many bytes, and then closes both."""
+    with contextlib.suppress(OSError):
+        while left and (data := source.recv(min(left, 1 << 16))):
+            target.sendall(data)
+            left -= len(data)
+    for each in (source, target):
+        with contextlib.suppress(OSError):
+            each.shutdown(socket.SHUT_RDWR)
 
 
 def refusing(status: int, code: str) -> Answer:

@@ -97,6 +97,13 @@ ORDER BY launches DESC""",
 }
 
 
+class Handler(BaseHTTPRequestHandler):
+    """Says nothing of the requests."""
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
 class LocalServer:
     """An HTTP server on loopback, which runs while it is entered."""
 
@@ -105,7 +112,7 @@ class LocalServer:
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
     def __enter__(self) -> Self:
-        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -129,7 +136,7 @@ class Source(LocalServer):
         self.posted: list[bytes] = []
         source = self
 
-        class Handler(BaseHTTPRequestHandler):
+        class Serves(Handler):
             def do_GET(self) -> None:
                 source.requests.append(self.path)
                 source.headers.append(dict(self.headers))
@@ -145,10 +152,7 @@ class Source(LocalServer):
 
             do_HEAD = do_POST = do_PUT = do_GET
 
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        super().__init__(Handler)
+        super().__init__(Serves)
         self.url = self.at(path)
 
     def at(self, url: str) -> str:

@@ -37,6 +37,7 @@ from helpers import (
     Records,
     launches,
     refusing,
+    relay,
     serve,
     shipped_with,
 )
@@ -351,19 +352,9 @@ class Forwarder:
                 client, _ = self.socket.accept()
                 cut = self.cuts.pop(0) if self.cuts else 1 << 60
                 server = socket.create_connection(("127.0.0.1", self.target))
-                for arguments in ((client, server, 1 << 60), (server, client, cut)):
-                    threading.Thread(target=self.relay, args=arguments, daemon=True).start()
+                for arguments in ((client, server), (server, client, cut)):
+                    threading.Thread(target=relay, args=arguments, daemon=True).start()
                 self.accepted.set()
-
-    @staticmethod
-    def relay(source: socket.socket, target: socket.socket, left: int) -> None:
-        with contextlib.suppress(OSError):
-            while left and (data := source.recv(min(left, 1 << 16))):
-                target.sendall(data)
-                left -= len(data)
-        for each in (source, target):
-            with contextlib.suppress(OSError):
-                each.shutdown(socket.SHUT_RDWR)
 
 
 def test_redshift_comes_late(world: World) -> None:
