@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import itertools
 import json
 import os
 import select
@@ -25,8 +26,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
+import boto3
+
 MAIN = Path(__file__).resolve().parent.parent / "sequra_challenge" / "main.py"
 INT = struct.Struct("i")
+SERVICES = ("s3", "secretsmanager", "sns", "sts")
 
 
 class Forked:
@@ -149,12 +153,17 @@ def serve() -> Any:
 
 
 def run() -> None:
-    """What ``python main.py`` does, from an environment with the packages on."""
+    """What ``python main.py`` does, once its packages and their data are read."""
     sys.path[0] = str(MAIN.parent.parent)
     from sequra_challenge import main
 
     main.import_packages()
     del sys.modules[main.__name__]
+    boto3.setup_default_session()
+    models = boto3.DEFAULT_SESSION._session.get_component("data_loader")
+    models.load_data("endpoints")
+    for service, kind in itertools.product(SERVICES, ("service-2", "endpoint-rule-set-1")):
+        models.load_service_model(service, kind)
     code = compile(MAIN.read_bytes(), str(MAIN), "exec")
     request = serve()
     sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 - a pipe now
