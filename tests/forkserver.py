@@ -43,12 +43,11 @@ class Forked:
         self.returncode: int | None = None
 
     def wait(self, timeout: float | None = None) -> int:
-        if self.returncode is None:
-            if not select.select([self._status], [], [], timeout)[0]:
-                raise subprocess.TimeoutExpired(self.args, timeout or 0)
-            (status,) = INT.unpack(self._status.recv(INT.size))
-            self._status.close()
-            self.returncode = os.waitstatus_to_exitcode(status)
+        if not select.select([self._status], [], [], timeout)[0]:
+            raise subprocess.TimeoutExpired(self.args, timeout or 0)
+        # The status stays there, for another thread that waits as well.
+        (status,) = INT.unpack(self._status.recv(INT.size, socket.MSG_PEEK))
+        self.returncode = os.waitstatus_to_exitcode(status)
         return self.returncode
 
     def poll(self) -> int | None:

@@ -208,6 +208,16 @@ def run_id(done: Done) -> str:
     return found[0]
 
 
+def messages(done: Done, level: str) -> list[str]:
+    """Step and message of each entry of a level in the text log, where nothing else may be."""
+    start = r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ (DEBUG|INFO|WARNING|ERROR) +\w+ (?=\w+: )"
+    before, *found = re.split(start, done.stderr, flags=re.MULTILINE)
+    assert not before, done.stderr
+    assert not [text for text in found[1::2] if re.search(r"\n(?!  |\Z)", text)], done.stderr
+    pairs = zip(found[::2], found[1::2], strict=True)
+    return [text.rstrip("\n") for its_level, text in pairs if its_level == level]
+
+
 def log_entries(done: Done, level: str = "") -> list[dict[str, Any]]:
     """What the JSON log has, of a level or of all."""
     logged = [json.loads(line) for line in done.stderr.splitlines()]

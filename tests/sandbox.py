@@ -249,7 +249,9 @@ class Sandbox:
         self.set_secret()
         self.secrets.put_secret_value(SecretId=SLACK_SECRET, SecretString=self.slack.url)
         self.received()
-        boto3.resource("s3", **self._aws_arguments).Bucket(BUCKET).objects.delete()
+        if listed := self.s3.list_objects_v2(Bucket=BUCKET).get("Contents"):
+            keys = [{"Key": item["Key"]} for item in listed]
+            self.s3.delete_objects(Bucket=BUCKET, Delete={"Objects": keys})
         with self.redshift.connect() as connection:
             schema = f'CREATE SCHEMA public AUTHORIZATION "{USER}"'
             connection.execute(f"DROP SCHEMA public CASCADE; {schema}".encode())
@@ -377,8 +379,11 @@ class Sandbox:
         )
 
     def run(self, *arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
-        """Runs the program to its end and returns what it printed, which must hold no secret."""
-        process = self.start(*arguments, **options)
+        """Runs the program to its end."""
+        return self.finish(self.start(*arguments, **options))
+
+    def finish(self, process: Process) -> subprocess.CompletedProcess[str]:
+        """Waits for the end of a run and returns what it printed, which must hold no secret."""
         try:
             stdout, stderr = process.communicate(timeout=120)
         finally:
