@@ -445,7 +445,7 @@ socket.getaddrinfo = getaddrinfo
 import botocore.config, redshift_connector
 def shorter(call, **limit):
     return lambda *arguments, **options: call(*arguments, **options | limit)
-botocore.config.Config = shorter(botocore.config.Config, read_timeout=3)
+botocore.config.Config = shorter(botocore.config.Config, read_timeout=1)
 redshift_connector.connect = shorter(redshift_connector.connect, timeout=3)
 """
 
