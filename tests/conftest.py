@@ -27,7 +27,7 @@ from helpers import (
     load_config,
     without_pauses,
 )
-from sandbox import SAMPLE, Sandbox, Source
+from sandbox import NO_PAUSES, SAMPLE, Sandbox, Source
 
 # How many documents tests/rules/test_documents.py makes in all. By default the same ones each time.
 for name, examples in {"default": 500, "ci": 2_000, "nightly": 10_000}.items():
@@ -127,7 +127,7 @@ def load(sandbox: Sandbox, tmp_path: Path) -> Load:
         config = arrays_config(tmp_path, url, **settings)
         arguments = arguments if "--source" in arguments else ("--source", url, *arguments)
         environment = {"TMPDIR": str(tmp_path)} | (environment or {})
-        return sandbox.run("--config", config, *arguments, **environment)
+        return sandbox.run("--config", config, *arguments, patch=NO_PAUSES, **environment)
 
     return load
 

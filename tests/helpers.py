@@ -13,6 +13,7 @@ import io
 import itertools
 import json
 import re
+import socket
 import ssl
 import tempfile
 import time
@@ -31,7 +32,7 @@ import urllib3
 import yaml
 
 from redshift import make_certificate
-from sandbox import BUCKET, PIPELINE, SAMPLE, SECRET, LocalServer, Sandbox, Source, answer
+from sandbox import BUCKET, PIPELINE, SAMPLE, SECRET, Handler, LocalServer, Sandbox, Source, answer
 from sequra_challenge import main
 from sequra_challenge.main import Config, Table
 from sequra_challenge.main import ConfigError as ConfigError
@@ -207,6 +208,16 @@ def run_id(done: Done) -> str:
     return found[0]
 
 
+def messages(done: Done, level: str) -> list[str]:
+    """Step and message of each entry of a level in the text log, where nothing else may be."""
+    start = r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ (DEBUG|INFO|WARNING|ERROR) +\w+ (?=\w+: )"
+    before, *found = re.split(start, done.stderr, flags=re.MULTILINE)
+    assert not before, done.stderr
+    assert not [text for text in found[1::2] if re.search(r"\n(?!  |\Z)", text)], done.stderr
+    pairs = zip(found[::2], found[1::2], strict=True)
+    return [text.rstrip("\n") for its_level, text in pairs if its_level == level]
+
+
 def log_entries(done: Done, level: str = "") -> list[dict[str, Any]]:
     """What the JSON log has, of a level or of all."""
     logged = [json.loads(line) for line in done.stderr.splitlines()]
@@ -329,7 +340,7 @@ class FlakyProxy(LocalServer):
         self.faults = list(faults)
         proxy, pool = self, urllib3.PoolManager()
 
-        class Handler(BaseHTTPRequestHandler):
+        class Passes(Handler):
             protocol_version = "HTTP/1.1"
 
             def handle_request(self) -> None:
@@ -345,10 +356,18 @@ class FlakyProxy(LocalServer):
 
             do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = handle_request
 
-            def log_message(self, *_: Any) -> None:
-                pass
+        super().__init__(Passes)
 
-        super().__init__(Handler)
+
+def relay(source: socket.socket, target: socket.socket, left: int = 1 << 60) -> None:
+    """Sends on what comes, up to so many bytes, and then closes both."""
+    with contextlib.suppress(OSError):
+        while left and (data := source.recv(min(left, 1 << 16))):
+            target.sendall(data)
+            left -= len(data)
+    for each in (source, target):
+        with contextlib.suppress(OSError):
+            each.shutdown(socket.SHUT_RDWR)
 
 
 def refusing(status: int, code: str) -> Answer:

@@ -879,6 +879,7 @@ class Session(socketserver.BaseRequestHandler):
 
     def handle(self) -> None:
         self.redshift = self.server.redshift
+        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         self.client = Channel(self.request)
         self.redshift.sessions.add(self)
         self.texts: dict[bytes, str] = {}

@@ -97,6 +97,13 @@ ORDER BY launches DESC""",
 }
 
 
+class Handler(BaseHTTPRequestHandler):
+    """Says nothing of the requests."""
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
 class LocalServer:
     """An HTTP server on loopback, which runs while it is entered."""
 
@@ -105,7 +112,7 @@ class LocalServer:
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
     def __enter__(self) -> Self:
-        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -129,7 +136,7 @@ class Source(LocalServer):
         self.posted: list[bytes] = []
         source = self
 
-        class Handler(BaseHTTPRequestHandler):
+        class Serves(Handler):
             def do_GET(self) -> None:
                 source.requests.append(self.path)
                 source.headers.append(dict(self.headers))
@@ -145,10 +152,7 @@ class Source(LocalServer):
 
             do_HEAD = do_POST = do_PUT = do_GET
 
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        super().__init__(Handler)
+        super().__init__(Serves)
         self.url = self.at(path)
 
     def at(self, url: str) -> str:
@@ -245,7 +249,9 @@ class Sandbox:
         self.set_secret()
         self.secrets.put_secret_value(SecretId=SLACK_SECRET, SecretString=self.slack.url)
         self.received()
-        boto3.resource("s3", **self._aws_arguments).Bucket(BUCKET).objects.delete()
+        if listed := self.s3.list_objects_v2(Bucket=BUCKET).get("Contents"):
+            keys = [{"Key": item["Key"]} for item in listed]
+            self.s3.delete_objects(Bucket=BUCKET, Delete={"Objects": keys})
         with self.redshift.connect() as connection:
             schema = f'CREATE SCHEMA public AUTHORIZATION "{USER}"'
             connection.execute(f"DROP SCHEMA public CASCADE; {schema}".encode())
@@ -373,8 +379,11 @@ class Sandbox:
         )
 
     def run(self, *arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
-        """Runs the program to its end and returns what it printed, which must hold no secret."""
-        process = self.start(*arguments, **options)
+        """Runs the program to its end."""
+        return self.finish(self.start(*arguments, **options))
+
+    def finish(self, process: Process) -> subprocess.CompletedProcess[str]:
+        """Waits for the end of a run and returns what it printed, which must hold no secret."""
         try:
             stdout, stderr = process.communicate(timeout=120)
         finally:

@@ -1,4 +1,4 @@
-"""Logs: what a person, and what a log collector, sees of a run; and that no secret is in it."""
+"""Logs and exit statuses: what people, and what a log collector, see of a run; and no secret."""
 
 from __future__ import annotations
 
@@ -21,8 +21,11 @@ from helpers import (
     Answer,
     Done,
     Record,
+    fewer_launches,
     launches,
+    loaded,
     log_entries,
+    messages,
     responds,
     serve,
     shipped_with,
@@ -30,9 +33,10 @@ from helpers import (
 from redshift import RedshiftError
 from sandbox import BUG, NO_PAUSES, PASSWORD, PING, SAMPLE, SLACK_SECRET, WEBHOOK, Sandbox
 
+AWAY = 75  # EX_TEMPFAIL
+REFUSES = "http://127.0.0.1:9"  # a port that nobody listens on
 STEPS = ("extract", "transform", "stage", "load")
 LEVELS = {"DEBUG", "INFO", "WARNING", "ERROR"}
-LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ (DEBUG|INFO|WARNING|ERROR)\s+pipeline (\S.*)")
 
 
 def entries(done: Done) -> list[Record]:
@@ -51,9 +55,7 @@ def entries(done: Done) -> list[Record]:
 
 
 def test_json_of_a_run(sandbox: Sandbox) -> None:
-    done = sandbox.run(*JSON)
-    assert (done.returncode, done.stdout) == (0, ""), done.stderr
-    logged = entries(done)
+    logged = entries(loaded(sandbox, *JSON))
     (row, *_) = sandbox.query(f"SELECT DISTINCT _run_id FROM {AUDIT}")
     assert {entry["run_id"] for entry in logged} == {row["_run_id"]}
     steps = dict.fromkeys(entry["step"] for entry in logged)
@@ -70,6 +72,16 @@ def test_json_of_a_run(sandbox: Sandbox) -> None:
     durations = [entry["duration"] for entry in logged if "duration" in entry]
     assert set(map(type, durations)) == {int}
     assert all(duration > 100_000 for duration in durations)  # in nanoseconds
+    # The one record that ends a run.
+    (end,) = [entry for entry in logged if "outcome" in entry]
+    assert (end["outcome"], end["level"], end["step"]) == ("success", "INFO", "run")
+    assert end["rows"] == end["difference"] == rows
+    assert end["duration"] > sum(ends[step]["duration"] for step in STEPS)
+    serve(sandbox, fewer := fewer_launches(28))
+    cores = sum(len(launch["cores"]) for launch in fewer)
+    *_, end = entries(loaded(sandbox, *JSON))
+    assert end["rows"] == {LAUNCHES: 28, CORES: cores}
+    assert end["difference"] == {LAUNCHES: -2, CORES: cores - 38}
 
 
 DRIFT = f"CREATE TABLE {LAUNCHES} (id integer, name date)"
@@ -81,7 +93,9 @@ def test_json_of_an_error(sandbox: Sandbox) -> None:
     done = sandbox.run(*JSON)
     assert done.returncode == 1
     *_, last = entries(done)
-    assert (last["level"], last["step"]) == ("ERROR", "load")
+    assert (last["level"], last["step"], last["outcome"]) == ("ERROR", "load", "failure")
+    assert type(last["duration"]) is int
+    assert "rows" not in last
     assert last["message"].startswith("tables differ")
     assert f"\n  {LAUNCHES}: the column name is date" in last["message"]
     assert last["error"]["kind"] == "PipelineError"
@@ -103,7 +117,7 @@ def test_text_of_a_bug(sandbox: Sandbox) -> None:
     """Whoever mends the program needs the traceback; below it, as ever, the reason."""
     done = sandbox.run(patch=BUG)
     assert (done.returncode, done.stdout) == (1, "")
-    assert len(re.findall(r"^\S+Z ERROR +pipeline stage: .*a bug$", done.stderr, re.MULTILINE)) == 1
+    assert re.findall(r"Z ERROR +pipeline stage: (.*)\n", done.stderr) == ["RuntimeError: a bug"]
     assert "Traceback (most recent call last):\n" in done.stderr
     assert "RuntimeError: a bug\n" in done.stderr
     assert sandbox.query(f"SELECT to_regclass('{LAUNCHES}')") == [{"to_regclass": None}]
@@ -124,31 +138,43 @@ def test_choice_of_the_format(
     if json_:
         (entry,) = entries(done)
         assert entry["level"] == "ERROR"
-        assert entry["error"]["kind"] == "ConfigError"
+        assert (entry["outcome"], entry["error"]["kind"]) == ("failure", "ConfigError")
         assert "\n  staging.bucket: " in entry["message"]
         assert "run_id" not in entry
     else:
         assert re.match(r"\S+Z ERROR +\S.* has 2 fault", done.stderr)
 
 
-@pytest.mark.parametrize("wrong", ["--log-format", "LOG_FORMAT"])
-def test_unknown_format(sandbox: Sandbox, wrong: str) -> None:
-    option = wrong.startswith("--")
-    done = sandbox.run(wrong, "xml") if option else sandbox.run(**{wrong: "xml"})
-    assert (done.returncode, done.stdout) == (2, "")
-    assert re.search(rf"{wrong}\b.*xml.*text.*json", done.stderr, re.DOTALL), done.stderr
-    assert "Traceback" not in done.stderr
+def test_unknown_format(sandbox: Sandbox) -> None:
+    for done in (sandbox.run("--log-format", "xml"), sandbox.run(LOG_FORMAT="xml")):
+        assert (done.returncode, done.stdout) == (2, "")
+        assert re.search(r"--log-format or \$LOG_FORMAT: .*xml.*text.*json", done.stderr)
     assert sandbox.source.requests == []
 
 
+# A package that warns, when files are staged.
+WARNS = """
+import pathlib, warnings
+def write_text(*arguments, write=pathlib.Path.write_text):
+    warnings.warn("an odd thing")
+    return write(*arguments)
+pathlib.Path.write_text = write_text
+"""
+
+
+def test_each_line_names_its_pipeline(sandbox: Sandbox, tmp_path: Path) -> None:
+    """What a package warns of, too."""
+    config = shipped_with(tmp_path)[1].rename(tmp_path / "second.yaml")
+    done = loaded(sandbox, "--config", config, patch=WARNS)
+    assert "an odd thing" in "".join(messages(done, "WARNING"))
+    assert set(re.findall(r"(?m)^\d{4}-\S+Z \w+ +(\S+) ", done.stderr)) == {"second"}
+    done = loaded(sandbox, "--config", config, LOG_FORMAT="json", patch=WARNS)
+    assert "an odd thing" in str(log_entries(done, "WARNING"))
+    named = {(entry["service"], entry["pipeline"]) for entry in log_entries(done)}
+    assert named == {("sequra-challenge", "second")}
+
+
 # --- text ----------------------------------------------------------------------------------------
-
-
-def text_entries(done: Done) -> list[tuple[str, str]]:
-    """Level and message of each line of the text log, which has no other lines."""
-    found = [LINE.fullmatch(line) for line in done.stderr.splitlines()]
-    assert None not in found, done.stderr
-    return [(match[1], match[2]) for match in found if match]
 
 
 def test_a_line_cannot_be_forged(sandbox: Sandbox) -> None:
@@ -157,8 +183,8 @@ def test_a_line_cannot_be_forged(sandbox: Sandbox) -> None:
     serve(sandbox, [launch | {forged: 1} for launch in launches()])
     done = sandbox.run()
     assert done.returncode == 0
-    ((level, text),) = [entry for entry in text_entries(done) if "no rows" in entry[1]]
-    assert (level, text[:11]) == ("WARNING", "transform: ")
+    (text,) = messages(done, "WARNING")
+    assert re.match("transform: .*no rows", text)
 
 
 def test_statements_and_their_times(sandbox: Sandbox) -> None:
@@ -187,9 +213,75 @@ def test_statements_and_their_times(sandbox: Sandbox) -> None:
 
     sandbox.redshift.hook = None
     sandbox.redshift.statements.clear()
-    quiet = sandbox.run()
-    assert {level for level, _ in text_entries(quiet)} == {"INFO"}
-    assert "SELECT" not in quiet.stderr
+    assert "SELECT" not in sandbox.run().stderr
+
+
+def test_progress_is_for_people(sandbox: Sandbox) -> None:
+    """Megabytes and per cent, and nothing while the program has said that it waits."""
+
+    def half(handler: BaseHTTPRequestHandler) -> None:
+        body = b" " * 4_000_000 + json.dumps(launches()).encode()
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(body)))
+        handler.end_headers()
+        handler.wfile.write(body[:2_000_000])
+        time.sleep(1.4)
+        handler.wfile.write(body[2_000_000:])
+
+    sandbox.source.answers = [responds(429, Retry_After="2"), half]
+    done = loaded(sandbox, patch="PROGRESS_SECONDS = 1")
+    lines = [line.partition("Z ")[2] for line in done.stderr.splitlines()]
+    (waits,) = [n for n, line in enumerate(lines) if "HTTP 429" in line]
+    progress = [line for line in lines if "so far" in line and "extract" in line]
+    shown = re.compile(r"INFO +pipeline extract: so far MB [12]\.\d\d, percent \d\d, seconds \S+")
+    assert progress
+    assert [line for line in progress if not shown.fullmatch(line)] == []
+    assert lines.index(progress[0]) > waits
+    (end,) = [line for line in lines if re.search("extract: MB", line)]
+    assert re.search(r"extract: MB 4\.0\d, seconds \d+\.\d\d$", end)
+    assert any(re.search(r"stage: files 5, MB 0\.0\d, ", line) for line in lines)
+
+
+# --- exit statuses -------------------------------------------------------------------------------
+
+
+def secrets_manager(status: int, kind: str) -> dict[str, Any]:
+    """Secrets Manager answers each request with this error."""
+    return {"secrets_manager": responds(status, {"__type": kind, "message": "no"})}
+
+
+# What is wrong; the exit status, and what the last message says.
+ENDS: dict[str, tuple[dict[str, Any], int, str]] = {
+    "too many requests": ({"source": responds(429, Retry_After="2000")}, AWAY, "extract: gave up"),
+    "source away": ({"--source": f"{REFUSES}/v5/launches"}, AWAY, "extract: GET "),
+    "throttled": (secrets_manager(400, "ThrottlingException"), AWAY, "connect: "),
+    "secrets manager away": (secrets_manager(503, "ServiceUnavailable"), AWAY, "connect: "),
+    "access denied": (secrets_manager(400, "AccessDeniedException"), 1, "connect: "),
+    "no region": (
+        {"AWS_REGION": None, "AWS_EC2_METADATA_DISABLED": "true"},
+        1,
+        "connect: no AWS region",
+    ),
+    "no bucket": ({"bucket": "no-such-bucket"}, 1, "stage: cannot write s3://no-such-bucket"),
+}
+
+
+@pytest.mark.parametrize("case", ENDS)
+def test_what_may_mend_itself_ends_with_its_own_status(
+    sandbox: Sandbox, tmp_path: Path, case: str
+) -> None:
+    given, status, says = ENDS[case]
+    given = dict(given)
+    sandbox.source.answers = [given.pop("source", responds(200, launches()))]
+    arguments = ["--source", given.pop("--source", sandbox.source.url)]
+    if "secrets_manager" in given:
+        sandbox.heartbeat.answers = [given.pop("secrets_manager")] * 9
+        given["AWS_ENDPOINT_URL_SECRETS_MANAGER"] = sandbox.heartbeat.at("")
+    config = shipped_with(tmp_path, staging={"bucket": given.pop("bucket", "my-data-bucket")})
+    done = sandbox.run(*config, *arguments, patch=NO_PAUSES, HOME=str(tmp_path), **given)
+    assert done.returncode == status, done.stderr
+    (error,) = messages(done, "ERROR")
+    assert error.startswith(says)
 
 
 # --- secrets -------------------------------------------------------------------------------------
@@ -207,24 +299,19 @@ def redirects(to: str) -> Answer:
 # What is wrong; the exit status is 1 unless it says another.
 KINDS: dict[str, dict[str, Any]] = {
     "success": {"status": 0},
-    "not found": {"answers": [redirects("../elsewhere"), responds(404)]},
     "retries": {"answers": [HALF, responds(429, Retry_After="0"), responds(410)]},
     "redirect to ftp": {"answers": [redirects(f"ftp://{USER_PASSWORD}@127.0.0.1/{CANARY}")]},
-    "redirect to no URL": {"answers": [redirects(f"http://[{CANARY}/?{CANARY}")] * 40},
     "endless redirects": {"answers": [redirects(f"/again?token={CANARY}")] * 40},
     "misspelt scheme": {"source": f"htps://{USER_PASSWORD}@127.0.0.1/?token={CANARY}"},
-    "no port": {"source": f"http://{USER_PASSWORD}@127.0.0.1:x/?token={CANARY}"},
     "proxy": {"source": f"http://nowhere.invalid/?token={CANARY}", "answers": [responds(407)] * 9},
     "no bucket": {"staging": {"bucket": "no-such-bucket"}},
     "no JSON": {"secret": f"PASSWORD={CANARY}"},
     "no host": {"login": {"HOST": f"{CANARY} {CANARY}"}},
-    "no port in the secret": {"login": {"PORT": CANARY}},
     "wrong password": {"login": {"PASSWORD": CANARY}},
     "table differs": {"statements": [DRIFT]},
     "bug": {"patch": BUG},
     "configuration": {"status": 2, "alerts": {"heartbeat_url": f"//127.0.0.1/{CANARY}"}},
     "header": {"status": 2, "headers": {"X-Token": f"{CANARY}\n"}},
-    "header with a space": {"headers": {"X-Token": f" {CANARY}"}},
     "no YAML": {"status": 2, "break": "heartbeat_url: "},
     "secret is a URL": {"status": 2, "alerts": {"slack_webhook_secret": f"https://a/{CANARY}"}},
 }
@@ -276,12 +363,7 @@ def test_no_secret_is_shown(sandbox: Sandbox, tmp_path: Path, kind: str) -> None
 
 def repeats(secret: str) -> Answer:
     """Refuses, and says in its status line what must not be said."""
-
-    def refuse(handler: BaseHTTPRequestHandler) -> None:
-        handler.send_response(403, f"not for {secret}")
-        handler.end_headers()
-
-    return refuse
+    return lambda handler: handler.send_error(403, f"not for {secret}")
 
 
 def test_a_secret_that_a_server_repeats_is_masked(sandbox: Sandbox, tmp_path: Path) -> None:

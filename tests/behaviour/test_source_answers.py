@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import itertools
 import json
 import re
 import signal
@@ -19,31 +20,21 @@ import pytest
 from helpers import (
     Answer,
     ConfigError,
-    Done,
     Fetch,
     Load,
     PipelineError,
     Records,
+    assert_failed,
+    relay,
     responds,
     things,
     with_tls,
 )
-from sandbox import LocalServer, Sandbox, Source, answer
+from sandbox import Handler, LocalServer, Sandbox, Source, answer
 
 
 def lines(records: Records) -> bytes:
     return b"".join(json.dumps(record).encode() + b"\n" for record in records)
-
-
-def ids(sandbox: Sandbox) -> list[int]:
-    return [row["id"] for row in sandbox.query("SELECT id FROM public.things ORDER BY id")]
-
-
-def error(done: Done, status: int = 1) -> str:
-    """The message that the run failed with; there is no traceback."""
-    assert done.returncode == status, done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stderr.partition(" ERROR ")[2]
 
 
 # --- coded answers ------------------------------------------------------------------------------
@@ -101,25 +92,25 @@ def coded(body: bytes, framing: str, coding: str = "gzip") -> Answer:
     return respond
 
 
-@pytest.mark.parametrize("framing", ["length", "chunked", "until closed"])
+FRAMINGS = ["length", "chunked", "until closed"]
+
+
 @pytest.mark.parametrize("body", BROKEN.values(), ids=BROKEN)
 def test_a_coded_answer_that_broke_off_is_asked_for_again(
-    source: Source, fetch: Fetch, pauses: list[float], body: bytes, framing: str
+    source: Source, fetch: Fetch, pauses: list[float], body: bytes
 ) -> None:
-    assert fetch(coded(body, framing), responds(200, FIFTY)) == FIFTY
-    assert (len(source.requests), len(pauses)) == (2, 1)
+    for tried, framing in enumerate(FRAMINGS, 1):
+        assert fetch(coded(body, framing), responds(200, FIFTY)) == FIFTY
+        assert (len(source.requests), len(pauses)) == (2 * tried, tried)
     with pytest.raises(PipelineError, match="attempt 6"):
         fetch(*[coded(body, framing)] * 9)
 
 
-@pytest.mark.parametrize("framing", ["length", "chunked", "until closed"])
 @pytest.mark.parametrize("body", WHOLE.values(), ids=WHOLE)
-@pytest.mark.parametrize("coding", ["gzip", "x-gzip", "GZIP"])
-def test_a_coded_answer_is_read(
-    source: Source, fetch: Fetch, body: bytes, framing: str, coding: str
-) -> None:
-    assert fetch(coded(body, framing, coding)) == FIFTY
-    assert [sent["Accept-Encoding"] for sent in source.headers] == ["gzip"]
+def test_a_coded_answer_is_read(source: Source, fetch: Fetch, body: bytes) -> None:
+    for framing, coding in itertools.product(FRAMINGS, ["gzip", "x-gzip", "GZIP"]):
+        assert fetch(coded(body, framing, coding)) == FIFTY
+    assert {sent["Accept-Encoding"] for sent in source.headers} == {"gzip"}
 
 
 def test_a_gzipped_file_that_is_served_coded_or_not(fetch: Fetch) -> None:
@@ -136,9 +127,10 @@ def test_other_codings_are_refused(source: Source, fetch: Fetch, coding: str) ->
 
 
 def test_an_answer_that_is_cut_is_loaded_whole(sandbox: Sandbox, load: Load) -> None:
-    done = load(coded(flushed(), "chunked"), coded(WHOLE["two members"], "chunked"))
+    answers = coded(flushed(), "chunked"), coded(WHOLE["two members"], "chunked")
+    done = load(*answers)
     assert done.returncode == 0, done.stderr
-    assert ids(sandbox) == [*range(50)]
+    assert sandbox.query("SELECT id, name FROM public.things ORDER BY id") == FIFTY
 
 
 # --- status and redirects -----------------------------------------------------------------------
@@ -160,7 +152,7 @@ def test_only_200_is_an_answer(source: Source, fetch: Fetch, respond: Answer) ->
     assert len(source.requests) == 1
 
 
-@pytest.mark.parametrize("status", [500, 502, 503, 504, 520, 523, 408])
+@pytest.mark.parametrize("status", [408, 520, 523])
 def test_a_passing_failure_is_asked_again(fetch: Fetch, pauses: list[float], status: int) -> None:
     assert fetch(responds(status), responds(200, FIFTY)) == FIFTY
     assert len(pauses) == 1
@@ -210,7 +202,7 @@ def test_a_url_that_two_parsers_read_differently_is_refused(
         hosts = (f"127.0.0.1:{server.server.server_port}" for server in (source, evil))
         url = forged(*hosts)[kind]
         if place in ("Link", "Location") and re.search(r"[\n\0]", url):
-            pytest.skip("no header can have it")
+            return  # no header can have it
         settings: dict[str, Any] = {"headers": {"Authorization": "Token ${TOKEN}"}}
         header = url.encode().decode("latin-1")  # as http.server encodes it
         answers = {
@@ -230,94 +222,48 @@ def test_a_url_that_two_parsers_read_differently_is_refused(
     assert CANARY not in str(caught.value)
 
 
-def test_a_forged_url_gets_no_header(sandbox: Sandbox, load: Load) -> None:
-    with Source("/", json.dumps({"r": FIFTY, "next": None}).encode()) as evil:
-        good = sandbox.source.url.removeprefix("http://").partition("/")[0]
-        url = rf"http://127.0.0.1:{evil.server.server_port}\@{good}/y"
-        headers = {"Authorization": "Token ${TOKEN}"}
-        done = load(
-            responds(200, {"r": things(1), "next": url}),
-            records="r",
-            next="next",
-            headers=headers,
-            environment={"TOKEN": CANARY},
-        )
-        assert "next" in error(done)
-        assert evil.headers == []
-
-
 # --- the next page, or none ---------------------------------------------------------------------
 
 
-def test_a_next_page_that_the_answers_do_not_have_is_an_error(sandbox: Sandbox, load: Load) -> None:
-    done = load(responds(200, {"r": things(1), "next": "?2"}), records="r", next="nxt")
-    assert re.search(r"source\.next.*nxt", error(done))
-    assert sandbox.redshift.statements == []
+ENDS: dict[str, tuple[str, Any, bool]] = {
+    "optional and missing": ("next?", {"r": things(1)}, True),
+    "optional and null": ("next?", {"r": things(1), "next": None}, True),
+    "empty": ("next", {"r": things(1), "next": ""}, True),
+    "missing": ("next", {"r": things(1), "nxt": "?2"}, False),
+    "null above": ("a.next", {"r": things(1), "a": None}, True),
+    "missing below": ("a.next", {"r": things(1), "a": {}}, False),
+    "optional and missing above": ("a.next?", {"r": things(1)}, True),
+    "array": ("next", things(1), False),
+    "array and optional": ("next?", things(1), True),
+    "false": ("next", {"r": things(1), "next": False}, False),
+    "object": ("next", {"r": things(1), "next": {}}, False),
+    "cursor": ("next", {"r": things(1), "next": "cursor"}, False),
+    "neither URL nor path": ("next", {"r": things(1), "next": "x/y?z"}, False),
+}
 
 
-@pytest.mark.parametrize(
-    ("following", "document", "pages"),
-    [
-        ("next?", {"r": things(1)}, 1),
-        ("next?", {"r": things(1), "next": None}, 1),
-        ("next", {"r": things(1), "next": ""}, 1),
-        ("next", {"r": things(1)}, None),
-        ("a.next", {"r": things(1), "a": None}, 1),
-        ("a.next", {"r": things(1), "a": {}}, None),
-        ("a.next?", {"r": things(1)}, 1),
-        ("next", things(1), None),
-        ("next?", things(1), 1),
-        ("next", {"r": things(1), "next": False}, None),
-        ("next", {"r": things(1), "next": {}}, None),
-        ("next", {"r": things(1), "next": "cursor"}, None),
-        ("next", {"r": things(1), "next": "x/y?z"}, None),
-    ],
-    ids=[
-        "optional and missing",
-        "optional and null",
-        "empty",
-        "missing",
-        "null above",
-        "missing below",
-        "optional and missing above",
-        "array",
-        "array and optional",
-        "false",
-        "object",
-        "cursor",
-        "neither URL nor path",
-    ],
-)
-def test_the_end_of_the_pages(
-    fetch: Fetch, following: str, document: Any, pages: int | None
-) -> None:
+@pytest.mark.parametrize(("following", "document", "ends"), ENDS.values(), ids=ENDS)
+def test_the_end_of_the_pages(fetch: Fetch, following: str, document: Any, ends: bool) -> None:
     records = "r" if isinstance(document, dict) else None
-    answers = responds(200, document), responds(200, document)
-    if pages:
-        assert fetch(*answers, records=records, next=following) == things(1)
-        return
-    with pytest.raises(PipelineError, match=r"source\.next"):
-        fetch(*answers, records=records, next=following)
+    message = rf"no (URL at source\.next|{following} \(source\.next\))"
+    told = contextlib.nullcontext() if ends else pytest.raises(PipelineError, match=message)
+    with told:
+        assert fetch(*[responds(200, document)] * 2, records=records, next=following) == things(1)
 
 
-@pytest.mark.parametrize(
-    ("settings", "document", "warns"),
-    [
-        ({}, FIFTY, True),
-        ({"records": "r"}, {"r": FIFTY}, True),
-        ({"records": "r", "next": "next"}, {"r": FIFTY, "next": None}, False),
-    ],
-    ids=["array", "records", "another style"],
-)
+LINK = '</v5/launches?page=2>; rel="next", </v5/launches?page=9>; rel="last"'
+UNFOLLOWED: dict[str, tuple[dict[str, Any], Any, bool]] = {
+    "array": ({}, FIFTY, True),
+    "records": ({"records": "r"}, {"r": FIFTY}, True),
+    "another style": ({"records": "r", "next": "next"}, {"r": FIFTY, "next": None}, False),
+}
+
+
+@pytest.mark.parametrize(("settings", "document", "warns"), UNFOLLOWED.values(), ids=UNFOLLOWED)
 def test_a_link_to_a_next_page_that_is_not_followed_is_told(
-    fetch: Fetch,
-    caplog: pytest.LogCaptureFixture,
-    settings: dict[str, Any],
-    document: Any,
-    warns: bool,
+    fetch: Fetch, caplog: pytest.LogCaptureFixture, settings: Any, document: Any, warns: bool
 ) -> None:
-    link = '</v5/launches?page=2>; rel="next", </v5/launches?page=9>; rel="last"'
-    assert fetch(responds(200, document, Link=link), responds(200, document), **settings) == FIFTY
+    assert fetch(responds(200, document, Link=LINK), responds(200, document), **settings) == FIFTY
     assert [r.levelname for r in caplog.records if "Link" in r.message] == ["WARNING"] * warns
     caplog.clear()
     assert fetch(responds(200, document, Link='</>; rel="prev"'), **settings) == FIFTY
@@ -353,27 +299,34 @@ ENDLESS = {
 }
 
 
+@pytest.fixture
+def short_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The program's timer is ten times as fast."""
+
+    def setitimer(which: int, *seconds: float, set_: Any = signal.setitimer) -> None:
+        set_(which, *(second / 10 for second in seconds))
+
+    monkeypatch.setattr(signal, "setitimer", setitimer)
+
+
 @pytest.mark.parametrize("respond", ENDLESS.values(), ids=ENDLESS)
+@pytest.mark.usefixtures("short_limits")
 def test_an_answer_that_never_ends_is_given_up(
-    source: Source, fetch: Fetch, respond: Answer, caplog: pytest.LogCaptureFixture
+    source: Source, fetch: Fetch, respond: Answer
 ) -> None:
-    signal.alarm(60)  # or the test would not end
-    try:
-        with pytest.raises(PipelineError, match=r"answer_seconds, 1 s|HTTP 404"):
-            fetch(*[respond] * 9, answer_seconds=1)
-    finally:
-        signal.alarm(0)
+    with pytest.raises(PipelineError, match=r"answer_seconds, 2 s|HTTP 404"):
+        fetch(*[respond] * 9, answer_seconds=2)
     assert len(source.requests) == 1
 
 
-def test_a_run_ends_although_the_source_does_not(sandbox: Sandbox, load: Load) -> None:
-    done = load(ENDLESS["headers"], answer_seconds=1)
-    assert "source.answer_seconds" in error(done)
+def test_a_run_ends_although_the_source_does_not(load: Load) -> None:
+    assert_failed(load(ENDLESS["headers"], answer_seconds=1), "source.answer_seconds")
 
 
+@pytest.mark.usefixtures("short_limits")
 def test_the_limit_is_for_one_answer_and_not_for_the_waits(fetch: Fetch) -> None:
-    busy = responds(503, Retry_After="2")
-    assert fetch(busy, responds(200, FIFTY), answer_seconds=1) == FIFTY
+    busy = responds(503, Retry_After="1")
+    assert fetch(busy, responds(200, FIFTY), answer_seconds=5) == FIFTY
 
 
 # --- proxies ------------------------------------------------------------------------------------
@@ -386,30 +339,16 @@ class Proxy(LocalServer):
         proxy = self
         self.connects: list[str] = []
 
-        class Handler(BaseHTTPRequestHandler):
+        class Connects(Handler):
             def do_CONNECT(self) -> None:
                 proxy.connects.append(self.path)
                 host, _, port = self.path.partition(":")
                 with socket.create_connection((host, int(port))) as there:
                     answer(self, 200)
-                    pumps = [(there, self.connection), (self.connection, there)]
-                    threads = [threading.Thread(target=pump, args=pair) for pair in pumps]
-                    for thread in threads:
-                        thread.start()
-                    for thread in threads:
-                        thread.join()
+                    threading.Thread(target=relay, args=(self.connection, there)).start()
+                    relay(there, self.connection)
 
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        super().__init__(Handler)
-
-
-def pump(source: socket.socket, target: socket.socket) -> None:
-    with contextlib.suppress(OSError):
-        while data := source.recv(65_536):
-            target.sendall(data)
-        target.shutdown(socket.SHUT_WR)
+        super().__init__(Connects)
 
 
 @pytest.mark.parametrize("trusted", [True, False], ids=["trusted", "not trusted"])
@@ -424,32 +363,23 @@ def test_an_own_authority_holds_through_a_proxy(
     address, authority = with_tls(source, tmp_path)
     for name in ("NO_PROXY", "no_proxy", "https_proxy", "SSL_CERT_FILE"):
         monkeypatch.delenv(name, raising=False)
+    told: Any = pytest.raises(PipelineError, match=r"certificate verify failed.*attempt 1$")
     if trusted:
         monkeypatch.setenv("SSL_CERT_FILE", str(authority))
-    with Proxy() as proxy:
+        told = contextlib.nullcontext()
+    with Proxy() as proxy, told:
         monkeypatch.setenv("HTTPS_PROXY", proxy.url)
-        if trusted:
-            assert fetch(responds(200, FIFTY), url=f"https://{address}/") == FIFTY
-        else:
-            with pytest.raises(PipelineError, match=r"certificate verify failed.*attempt 1$"):
-                fetch(url=f"https://{address}/")
-        assert proxy.connects == [address]
+        assert fetch(responds(200, FIFTY), url=f"https://{address}/") == FIFTY
+    assert proxy.connects == [address]
     assert pauses == []
 
 
 # --- waiting ------------------------------------------------------------------------------------
 
-NONSENSE = [
-    "Fri, 31 Dec 99999999999 23:59:59 GMT",
-    "Fri, 31 Dec 99999 23:59:59 GMT",
-    "9" * 5000,
-    "-1",
-    "1e3",
-    "\xb2",
-]
+NONSENSE = ["Fri, 31 Dec 99999999999 23:59:59 GMT", "9" * 5000, "1e3", "\xb2"]
 
 
-@pytest.mark.parametrize("wait", NONSENSE, ids=[text[:25] for text in NONSENSE])
+@pytest.mark.parametrize("wait", NONSENSE)
 def test_a_wait_that_is_none(fetch: Fetch, pauses: list[float], wait: str) -> None:
     assert fetch(responds(503, Retry_After=wait), responds(200, FIFTY)) == FIFTY
     (pause,) = pauses
@@ -461,9 +391,3 @@ def test_a_wait_without_end_is_refused(fetch: Fetch, pauses: list[float]) -> Non
         with pytest.raises(PipelineError, match=r"source\.max_wait"):
             fetch(responds(503, Retry_After=wait), responds(200, FIFTY))
     assert pauses == []
-
-
-def test_no_traceback_for_a_wait_until_a_huge_year(sandbox: Sandbox, load: Load) -> None:
-    done = load(responds(503, Retry_After=NONSENSE[0]), responds(200, FIFTY))
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr

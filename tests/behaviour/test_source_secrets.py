@@ -11,12 +11,12 @@ import html
 import json
 import re
 from collections.abc import Callable
-from typing import Any
+from http.server import BaseHTTPRequestHandler
 from urllib.parse import quote, urlencode
 
 import pytest
 
-from helpers import Answer, Fetch, Load, PipelineError, masked, responds, things
+from helpers import Answer, Done, Fetch, Load, PipelineError, masked, responds, things
 from sandbox import Sandbox, Source
 
 CANARY = "C4N4RY"
@@ -47,26 +47,26 @@ ECHOES: dict[str, Callable[[str], Answer]] = {
 }
 
 
-@pytest.mark.parametrize("echo", ECHOES)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("text", WAYS.values(), ids=WAYS)
 def test_a_token_that_the_source_echoes(
-    fetch: Fetch, source: Source, monkeypatch: pytest.MonkeyPatch, echo: str, way: str
+    fetch: Fetch, source: Source, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
     monkeypatch.setenv("API_TOKEN", TOKEN)
-    with pytest.raises(PipelineError) as caught:
-        fetch(ECHOES[echo](WAYS[way]), records="r", next="next", url=source.url + "?q=${API_TOKEN}")
-    shown = masked(str(caught.value))
-    assert not re.search("C4N4|4RY|t\\\\*o", shown, re.IGNORECASE), shown
+    url = source.url + "?q=${API_TOKEN}"
+    for echo in ECHOES.values():
+        with pytest.raises(PipelineError) as caught:
+            fetch(echo(text), records="r", next="next", url=url)
+        shown = masked(str(caught.value))
+        assert not re.search("C4N4|4RY|t\\\\*o", shown, re.IGNORECASE), shown
 
 
-def assert_hidden(sandbox: Sandbox, everything: str, *secrets: str) -> None:
+def assert_hidden(sandbox: Sandbox, done: Done, *secrets: str) -> None:
     """No part of a secret is in what was printed, told, written to Redshift or named in S3."""
     names = [key for key in sandbox.objects() if "/raw/" not in key]
-    everything += repr([names, sandbox.received()])
     tables = sandbox.query("SELECT to_regclass('public.etl_runs') AS name")
-    if tables[0]["name"]:
-        everything += repr(sandbox.query("SELECT * FROM public.etl_runs"))
-    assert [secret for secret in secrets if secret.lower() in everything.lower()] == [], everything
+    audit = sandbox.query("SELECT * FROM public.etl_runs") if tables[0]["name"] else []
+    shown = done.stdout + done.stderr + repr([names, sandbox.received(), audit])
+    assert [secret for secret in secrets if secret.lower() in shown.lower()] == [], shown
 
 
 @pytest.mark.parametrize("field", [False, True], ids=["value", "field"])
@@ -78,47 +78,58 @@ def test_a_token_among_the_records(sandbox: Sandbox, load: Load, field: bool) ->
     done = load(responds(200, [record]), headers=headers, environment={"API_TOKEN": token})
     assert done.returncode == (0 if field else 1), done.stderr
     assert "***" in done.stderr
-    assert_hidden(sandbox, done.stdout + done.stderr, "C4N4", "4RY")
+    assert_hidden(sandbox, done, "C4N4", "4RY")
 
 
-SETTINGS: dict[str, tuple[dict[str, Any], dict[str, str], str]] = {
-    "short token": ({"headers": {"X-Key": "${KEY}"}}, {"KEY": "q7"}, "q7"),
-    "written out": ({"headers": {"Authorization": "Token C4N4RY"}}, {}, "C4N4RY"),
-    "in the path": ({"path": "/v5/${KEY}/launches"}, {"KEY": "C4N4RY"}, "C4N4RY"),
-    "query": ({"query": "api_key=C4N4RY&since=2026-01-01"}, {}, "C4N4RY"),
-    "short query": ({"query": "sig=C4N4"}, {}, "C4N4"),
-    "quoted query": ({"query": "token=C4N4RY%2Fa%3D"}, {}, "C4N4RY/a="),
-    "password": ({"user": "u:C4N4RY"}, {}, "C4N4RY"),
-    "user": ({"user": "C4N4RY:"}, {}, "C4N4RY"),
-    "slash in a password": ({"user": "u:pa/C4N4RY"}, {}, "C4N4RY"),
-    "quoted password": ({"user": "u:C4N4RY%2Fa"}, {}, "C4N4RY/a"),
-    "basic": ({"user": "u:C4N4RY"}, {}, base64.b64encode(b"u:C4N4RY").decode()),
+# User and password, path, query; what of them is secret.
+URLS: dict[str, tuple[str, str, str, str]] = {
+    "in the path": ("", "/v5/${KEY}/launches", "", "C4N4RY"),
+    "query": ("", "/", "?api_key=C4N4RY&since=2026-01-01", "C4N4RY"),
+    "short query": ("", "/", "?sig=C4N4", "C4N4"),
+    "quoted query": ("", "/", "?token=C4N4RY%2Fa%3D", "C4N4RY/a="),
+    "password": ("u:C4N4RY@", "/", "", "C4N4RY"),
+    "user": ("C4N4RY:@", "/", "", "C4N4RY"),
+    "slash in a password": ("u:pa/C4N4RY@", "/", "", "C4N4RY"),
+    "quoted password": ("u:C4N4RY%2Fa@", "/", "", "C4N4RY/a"),
+    "basic": ("u:C4N4RY@", "/", "", base64.b64encode(b"u:C4N4RY").decode()),
+    "short token": ("", "/", "", "q7"),
+    "written out": ("", "/", "", "Wr1tten"),
 }
 
 
-@pytest.mark.parametrize("kind", SETTINGS)
-def test_a_secret_of_the_configuration(sandbox: Sandbox, load: Load, kind: str) -> None:
-    settings, environment, secret = SETTINGS[kind]
-    settings = dict(settings)
-    host, path = sandbox.source.url.removeprefix("http://").split("/", 1)
-    user = f"{settings.pop('user')}@" if "user" in settings else ""
-    query = f"?{settings.pop('query')}" if "query" in settings else ""
-    url = f"http://{user}{host}{settings.pop('path', '/' + path)}{query}"
-    text = f"no {secret}, from 2026-01-01: GET {url}&x={secret}".encode()
-    failed = load(responds(403, text), url=url, environment=environment, **settings)
-    assert_hidden(sandbox, failed.stdout + failed.stderr, secret)
-    if user.count("/"):
-        assert sandbox.source.requests == []
-        return
-    records = {"r": things(1)} if "records" in settings else things(1)
-    done = load(responds(200, records), url=url, environment=environment, **settings)
+@pytest.mark.parametrize("kind", URLS)
+def test_a_secret_of_the_configuration(
+    fetch: Fetch, source: Source, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    user, path, query, secret = URLS[kind]
+    monkeypatch.setenv("KEY", "q7" if kind == "short token" else "C4N4RY")
+    headers = {"X-Key": "${KEY}", "Authorization": "Token Wr1tten"}
+    url = f"http://{user}{source.at('').partition('//')[2]}{path}{query}"
+    with pytest.raises(PipelineError) as caught:
+        fetch(responds(403), url=url, headers=headers)
+    echo = f"{caught.value}; no {secret}, from 2026-01-01: GET {url}&x={secret}"
+    assert secret.lower() not in masked(echo).lower()
+    assert len(source.requests) == ("/" not in user)
+
+
+def test_all_secrets_of_the_configuration(sandbox: Sandbox, load: Load) -> None:
+    host = sandbox.source.at("").removeprefix("http://")
+    query = "?api_key=C4N4RY&since=2026-01-01&sig=S1gn&token=T0ken%2Fa%3D"
+    done = load(
+        responds(503, b"C4N4RY"),
+        responds(200, things(1)),
+        url=f"http://Us3r:P4ss%2Fw@{host}/v5/${{KEY}}/launches{query}",
+        headers={"X-Key": "${KEY}", "Authorization": "Token Wr1tten"},
+        environment={"KEY": "q7"},
+    )
     assert done.returncode == 0, done.stderr
+    basic = base64.b64encode(b"Us3r:P4ss/w").decode()
+    parts = ("q7", "C4N4RY", "S1gn", "T0ken", "Us3r", "P4ss", "Wr1tten", basic)
+    assert_hidden(sandbox, done, *parts)
     assert sandbox.query("SELECT id FROM public.things") == [{"id": 1}]
-    assert_hidden(sandbox, done.stdout + done.stderr, secret)
-    if kind == "in the path":
-        (audit,) = sandbox.query("SELECT source FROM public.etl_runs")
-        assert audit["source"] == f"http://{host}/v5/${{KEY}}/launches"
-        assert sandbox.source.requests[-1] == "/v5/C4N4RY/launches"
+    (audit,) = sandbox.query("SELECT source FROM public.etl_runs")
+    assert audit["source"] == f"http://{host}/v5/${{KEY}}/launches"
+    assert sandbox.source.requests == [f"/v5/q7/launches{query}"] * 2
 
 
 def test_what_is_no_secret_stays_readable(sandbox: Sandbox, load: Load) -> None:
@@ -144,40 +155,41 @@ def header(text: str) -> str:
     return text.encode("latin-1", "ignore").decode("latin-1").replace("\r", "")
 
 
-FORGERIES: dict[str, Any] = {
-    "reason": lambda h: h.wfile.write(f"HTTP/1.1 404 {RAW[:4]}\x85\x9b\r\n\r\n".encode("latin-1")),
-    "status line": lambda h: h.wfile.write(b"HTTP/1.1 999999 \x1b[31m\x85\r\n\r\n"),
-    "no HTTP": lambda h: h.wfile.write(b"\x1b[31m\x85\x9b\r\n\r\n"),
-    "body": responds(404, RAW.encode()),
-    "location": responds(302, Location=header(f"http://127.0.0.1:1/{RAW}")),
-    "coding": responds(200, things(1), Content_Encoding=header(RAW)),
-    "next": responds(200, {"r": things(1), "next": RAW}),
-    "next URL": responds(200, {"r": things(1), "next": f"http://localhost/{RAW}"}),
-    "no JSON": responds(200, RAW.encode()),
-    "no array": responds(200, {RAW: RAW}),
-    "field": responds(200, {"r": [{"id": 1, RAW: 1}], "next": None}),
-    "field below": responds(200, {"r": [{"id": 1, "a": {RAW: 1}}], "next": None}),
-    "value": responds(200, {"r": [{"id": RAW}], "next": None}),
-    "chunk": lambda h: h.wfile.write(
-        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n\x1b[31m\x85\x9b\r\n"
-    ),
-    "length": lambda h: h.wfile.write(
-        b"HTTP/1.1 200 OK\r\nContent-Length: \x1b[31m\r\nConnection: close\r\n\r\n[]"
-    ),
+def writes(data: bytes) -> Answer:
+    def respond(handler: BaseHTTPRequestHandler) -> None:
+        handler.close_connection = True
+        handler.wfile.write(data)
+
+    return respond
+
+
+FORGERIES: dict[str, list[Answer]] = {
+    "no answers of HTTP": [
+        writes(b"HTTP/1.1 999999 \x1b[31m\x85\r\n\r\n"),
+        writes(b"\x1b[31m\x85\x9b\r\n\r\n"),
+        writes(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n\x1b[31m\x85\x9b\r\n"),
+        writes(b"HTTP/1.1 200 OK\r\nContent-Length: \x1b[31m\r\n\r\n[]"),
+    ],
+    "reason": [writes(f"HTTP/1.1 404 {RAW[:4]}\x85\x9b\r\n\r\n".encode("latin-1"))],
+    "body": [responds(404, RAW.encode())],
+    "location": [responds(302, Location=header(f"http://127.0.0.1:1/{RAW}"))],
+    "coding": [responds(200, things(1), Content_Encoding=header(RAW))],
+    "next": [responds(200, {"r": things(1), "next": RAW})],
+    "next URL": [responds(200, {"r": things(1), "next": f"http://localhost/{RAW}"})],
+    "no JSON": [responds(200, RAW.encode())],
+    "no array": [responds(200, {RAW: RAW})],
+    "fields": [responds(200, {"r": [{"id": 1, RAW: 1, "a": {RAW: 1}}], "next": None})],
+    "value": [responds(200, {"r": [{"id": RAW}], "next": None})],
 }
 
 
-@pytest.mark.parametrize("kind", FORGERIES)
-def test_no_control_character_reaches_the_log(sandbox: Sandbox, load: Load, kind: str) -> None:
-    def respond(handler: Any) -> None:
-        handler.close_connection = True
-        FORGERIES[kind](handler)
-
-    tables = {
-        "public.things": {"key": "id", "columns": {"id": "integer not null", "a.b": "integer"}}
-    }
-    settings: dict[str, Any] = {"records": "r", "next": "next", "max_wait": 0, "tables": tables}
-    done = load(respond, **settings)
+@pytest.mark.parametrize("answers", FORGERIES.values(), ids=FORGERIES)
+def test_no_control_character_reaches_the_log(
+    sandbox: Sandbox, load: Load, answers: list[Answer]
+) -> None:
+    columns = {"id": "integer not null", "a.b": "integer"}
+    tables = {"public.things": {"key": "id", "columns": columns}}
+    done = load(*answers, records="r", next="next", tables=tables)
     assert raw_in(done.stderr) == []
     assert done.returncode in (0, 1, 75)
 
