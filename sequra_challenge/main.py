@@ -1418,24 +1418,17 @@ def to_csv(frame: pd.DataFrame, null: str) -> list[bytes]:
     DataFrame.to_csv takes several times as long.
     """
 
-    def quote(texts: list[str | None]) -> list[str]:
-        if '"' in "".join(filter(None, texts)):
-            texts = [text and text.replace('"', '""') for text in texts]
-        return [null if text is None else f'"{text}"' for text in texts]
-
     def cells(values: pd.Series[Any]) -> Iterable[str]:
-        if values.dtype == "boolean":  # as t and f: Redshift's guide does not know True
-            return map({True: "t", False: "f", pd.NA: null}.__getitem__, values)
-        if values.dtype != object:
-            return map(str, values.to_numpy(object, na_value=null))
-        texts = values.tolist()
-        # Some at a time, so that they are still in the cache when the rows are made of them.
-        slices = (texts[start : start + CSV_ROWS] for start in range(0, len(texts), CSV_ROWS))
-        return chain.from_iterable(map(quote, slices))
+        if values.dtype == object:
+            texts = values.tolist()
+            return (null if t is None else '"' + t.replace('"', '""') + '"' for t in texts)
+        if values.dtype == "boolean":  # Redshift's guide knows t and f, not True and False
+            values = values.map({True: "t", False: "f"})
+        return map(str, values.to_numpy(object, na_value=null))
 
-    rows = map(",".join, zip(*(cells(frame[name]) for name in frame), strict=True))
+    rows = zip(*(cells(frame[name]) for name in frame), strict=True)
     # One by one: in a text of all, a single emoji would make each character take four bytes.
-    return list(map(str.encode, rows))
+    return [",".join(row).encode() for row in rows]
 
 
 def warn_of_large_rows(table: Table, frame: pd.DataFrame, lines: list[bytes]) -> None:
