@@ -14,7 +14,6 @@ import pytest
 
 import helpers
 from helpers import (
-    CSV_ROWS,
     NULL,
     READ_CHARACTERS,
     PipelineError,
@@ -617,17 +616,6 @@ def test_a_row_of_all_kinds() -> None:
     assert csv_of(records, table_of(kinds, "number")) == (
         f'9007199254740993,t,0.1,"[""a""]"\n1,{NULL},{NULL},{NULL}\n'
     )
-
-
-@pytest.mark.parametrize("number", [CSV_ROWS - 1, CSV_ROWS, 2 * CSV_ROWS])
-def test_a_text_with_quotes_among_many(number: int) -> None:
-    texts = ["", None, "x"] * CSV_ROWS
-    texts[number] = '"'
-    cells = ['""', NULL, '"x"'] * CSV_ROWS
-    cells[number] = '""""'
-    table = table_of({"text": "varchar(9)", "n": "integer"}, "n")
-    records: Records = [{"text": text, "n": n} for n, text in enumerate(texts)]
-    assert csv_of(records, table) == "".join(f"{cell},{n}\n" for n, cell in enumerate(cells))
 
 
 def test_no_rows_are_no_text() -> None:
