@@ -69,7 +69,6 @@ HTTP_TRIES = 6
 READ_CHARACTERS = 1 << 17  # of JSON; the objects made of so much stay in the processor's cache
 CHUNK_PIECES = 60  # of so many characters, and
 CHUNK_RECORDS = 6_000  # at most, but for those of one piece: then pandas gets them
-CSV_ROWS = 300  # quoted at a time
 CHUNKS_AHEAD = 3  # of the thread that compresses and uploads
 GZIP_LEVEL = 4
 LOAD_TRIES = 4
@@ -77,9 +76,10 @@ ANSWER_MARGIN = 30  # seconds after a statement's time-out until the connection 
 ALERT_SECONDS = 10  # for all that is done about alerts
 PROGRESS_SECONDS = 5
 
+Records = list[dict[str, Any]]
 Columns = defaultdict[str, list[Any]]  # the values of a table's columns, by name
 Figures = dict[str, Any]  # of a step, by the names that the log has
-FieldNames = defaultdict[tuple[str, ...], set[str]]  # by table and path: what its objects have
+FieldNames = defaultdict[tuple[str, ...], set[str]]  # that the objects at a path of the source have
 
 
 class PipelineError(Exception):
@@ -1166,9 +1166,7 @@ def read_frames(
     yield list(map(to_frame, tables, columns))
 
 
-def flatten(
-    records: list[dict[str, Any]], table: Table, columns: Columns, names: FieldNames
-) -> None:
+def flatten(records: Records, table: Table, columns: Columns, names: FieldNames) -> None:
     """Appends the rows in the records to the columns: for each row the value at each path.
 
     Values for super become JSON, times and decimals the text that COPY reads, the others stay as
@@ -1181,7 +1179,7 @@ def flatten(
     values: dict[tuple[str, ...], Sequence[Any]] = {(): rows}
     for column, paths in table.objects.items():
         objects = checked(column, values[column.path], table, rows)
-        names[table.name, *column.path].update(*objects)
+        names[source_path(table, column.path)].update(*objects)
         inner = [path[-1] for path in paths]
         found = [tuple(map(one.get, inner)) for one in objects]
         values |= zip(paths, zip(*found, strict=True), strict=True)
@@ -1189,7 +1187,7 @@ def flatten(
         columns[column.name] += checked(column, values[column.path], table, rows)
 
 
-def explode(records: list[dict[str, Any]], table: Table) -> list[dict[str, Any]]:
+def explode(records: Records, table: Table) -> Records:
     """The rows of a table in the records, as objects.
 
     These are the records themselves, or with ``rows`` the elements of that array, each with its
@@ -1198,11 +1196,16 @@ def explode(records: list[dict[str, Any]], table: Table) -> list[dict[str, Any]]
     """
     if not table.rows:
         return records
-    path, names, rows = split_path(table.rows), {column.path[0] for column in table.columns}, []
-    for record in records:
-        elements, parent = elements_of(record, path, table), {str(table.parent): record}
-        own = sum("position" in element for element in elements if isinstance(element, dict))
-        if "position" in names and 0 < own < len(elements):
+    parents = [{str(table.parent): record} for record in records]
+    found: Sequence[Any] = records
+    for name in split_path(table.rows):
+        objects = checked(Column((), "", "object"), found, table, parents)
+        found = [one.get(name) for one in objects]
+    arrays = checked(Column((), "", "array"), found, table, parents)
+    names, rows = {column.path[0] for column in table.columns}, []
+    for parent, elements in zip(parents, arrays, strict=True):
+        own = ["position" in element for element in elements if isinstance(element, dict)]
+        if "position" in names and 0 < sum(own) < len(elements):
             raise misfit(table, parent, (), elements, "has a position in some elements, not in all")
         for position, element in enumerate(elements, 1):
             counted = {"position": position} if "position" in names else {}
@@ -1214,19 +1217,6 @@ def explode(records: list[dict[str, Any]], table: Table) -> list[dict[str, Any]]
                 raise misfit(table, counted | parent, (), element, rule)
             rows.append({**counted, **row, **parent})
     return rows
-
-
-def elements_of(record: dict[str, Any], path: tuple[str, ...], table: Table) -> list[Any]:
-    """The elements of the array at a path; none where a name on the way to it is missing."""
-    found = None
-    for depth in range(1, len(path) + 1):
-        found = dig(record, path[:depth])
-        kind, rule = (dict, "is not an object") if depth < len(path) else (list, "is not an array")
-        if kind is dict and isinstance(found, list):
-            rule = "is an array: arrays in arrays are not supported, a column of type super is"
-        if not isinstance(found, kind | NoneType):
-            raise misfit(table, {str(table.parent): record}, (), found, rule)
-    return found or []
 
 
 def dig(value: Any, path: Iterable[str]) -> Any:
@@ -1256,7 +1246,7 @@ def misfit(table: Table, row: Any, path: tuple[str, ...], value: Any, rule: str)
     """Which value is wrong: the key of its row, or the row if it has none; path, value, rule."""
     key = {column.name: dig(row, column.path) for column in table.columns if column.in_key}
     named = shorten(row) if all(value is None for value in key.values()) else key_text(key)
-    where = source_path(table, path)
+    where = join_path(source_path(table, path))
     return PipelineError(f"{table.name}, {named}: {where}: {shorten(value)} {rule}")
 
 
@@ -1265,13 +1255,10 @@ def key_text(key: Mapping[Any, Any]) -> str:
     return ", ".join(f"{name}={shorten(value)}" for name, value in key.items())
 
 
-def source_path(table: Table, path: tuple[str, ...]) -> str:
-    """A path of a table as the source has it; "" for the record around an element."""
-    if not table.rows:
-        return join_path(path)
-    if path[:1] == (table.parent,):
-        return join_path(path[1:])
-    return ".".join(filter(None, (f"{table.rows}[]", join_path(path))))
+def source_path(table: Table, path: tuple[str, ...]) -> tuple[str, ...]:
+    """A path of a table as the source has it; none for the record around an element."""
+    element = split_path(f"{table.rows}[]") if table.rows else ()
+    return path[1:] if path[:1] == (table.parent,) else element + path
 
 
 def fit(column: Column, values: Sequence[Any]) -> Sequence[Any]:
@@ -1283,16 +1270,18 @@ def fit(column: Column, values: Sequence[Any]) -> Sequence[Any]:
     if (column.in_key or column.not_null) and None in values:
         raise Unfit("in the key" if column.in_key else "in a column that is not null")
     match column.kind:
-        case "object":  # not a type of a column, but what stands on the way to one
-            refuse_others(values, "an object", dict)
-            return [{} if value is None else value for value in values]
+        case "object" | "array" as kind:  # no types of columns, but what stands on the way to them
+            container = {"object": dict, "array": list}[kind]
+            if kind == "object" and list in map(type, values):
+                raise Unfit("is an array: arrays in arrays are not supported, super is")
+            refuse_others(values, f"an {kind}", container)
+            return [value or container() for value in values]
         case "boolean":
             refuse_others(values, "a boolean", bool)
         case "smallint" | "integer" | "bigint":
             refuse_others(values, "an integer", int)
             limit = 1 << {"smallint": 15, "integer": 31, "bigint": 63}[column.kind]
-            numbers = [value for value in values if value is not None]
-            if numbers and not -limit <= min(numbers) <= max(numbers) < limit:
+            if not all(-limit <= value < limit for value in filter(None, values)):
                 raise Unfit(f"is outside {-limit} to {limit - 1}")
         case "real" | "double precision":
             refuse_others(values, "a number", int, Decimal)
@@ -1300,13 +1289,12 @@ def fit(column: Column, values: Sequence[Any]) -> Sequence[Any]:
                 return [None if value is None else to_float(column.kind, value) for value in values]
         case "decimal":
             refuse_others(values, "a number", int, Decimal, str)
-            return [None if v is None else to_decimal(column, v) for v in values]
+            return [None if value is None else to_decimal(column, value) for value in values]
         case "varchar":
             refuse_others(values, "a text", str)
-            refuse_texts([value for value in values if value is not None], column.arguments[0])
-        case "date" | "timestamp" | "timestamptz" as kind:
-            refuse_others(values, EXAMPLES[kind], str)
-            return [None if value is None else to_time(kind, value) for value in values]
+            refuse_texts(list(filter(None, values)), column.arguments[0])
+        case "date" | "timestamp" | "timestamptz":
+            return [None if value is None else to_time(column.kind, value) for value in values]
         case "super":
             return to_super(values)
     return values
@@ -1352,21 +1340,19 @@ def to_decimal(column: Column, number: int | Decimal | str) -> str:
         raise Unfit(f"does not fit decimal({precision},{scale}) exactly") from None
 
 
-DATE = r"\d{4}-\d\d-\d\d"
-TIME = rf"{DATE}[T ]\d\d:\d\d:\d\d(\.\d{{1,6}})?"
-PATTERNS = {"date": DATE, "timestamp": TIME, "timestamptz": rf"{TIME}(Z|[+-]\d\d(:?\d\d)?)"}
-TIMES = {kind: re.compile(pattern, re.ASCII) for kind, pattern in PATTERNS.items()}
-EXAMPLES = {
-    "date": "a date such as 2006-03-24",
-    "timestamp": "a timestamp such as 2006-03-24T22:30:00.123456, without an offset",
-    "timestamptz": "a timestamptz such as 2006-03-24T22:30:00.123456Z, with an offset",
+TIME = r"(?a)\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(\.\d{1,6})?"
+TIMES = {  # how a text has to be written, with an example
+    "date": (r"(?a)\d{4}-\d\d-\d\d", "2006-03-24"),
+    "timestamp": (TIME, "2006-03-24T22:30:00.123456, without an offset"),
+    "timestamptz": (rf"{TIME}(Z|[+-]\d\d(:?\d\d)?)", "2006-03-24T22:30:00.123456Z, with an offset"),
 }
 
 
-def to_time(kind: str, text: str) -> str:
+def to_time(kind: str, text: object) -> str:
     """ISO 8601 with microseconds and in UTC, as COPY reads it with TIMEFORMAT 'auto'."""
-    if not TIMES[kind].fullmatch(text):
-        raise Unfit(f"is not {EXAMPLES[kind]}")
+    pattern, example = TIMES[kind]
+    if not isinstance(text, str) or not re.fullmatch(pattern, text):
+        raise Unfit(f"is not a {kind} such as {example}")
     try:
         moment = datetime.fromisoformat(text)
         if moment.utcoffset():
@@ -1376,8 +1362,7 @@ def to_time(kind: str, text: str) -> str:
     if kind == "date":
         return text
     # From the text: isoformat() takes longer than all the rest.
-    seconds = f"{text[:10]}T{text[11:19]}.{moment.microsecond:06}"
-    return f"{seconds}Z" if kind == "timestamptz" else seconds
+    return f"{text[:10]}T{text[11:19]}.{moment.microsecond:06}" + "Z" * (kind == "timestamptz")
 
 
 # A number with a fraction becomes the nearest double, as most readers of JSON take it.
@@ -1386,35 +1371,21 @@ SUPER = json.JSONEncoder(
 )
 
 
-def to_super(values: Sequence[Any]) -> list[str | None]:
-    """The values as JSON.
+STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"')  # in JSON
 
-    One call for all is several times as fast as one for each: a mark stands behind every value,
-    and what the call returns is cut there.
-    """
-    marked = [MARK] * (2 * len(values))
-    marked[::2] = values
+
+def to_super(values: Sequence[Any]) -> list[str | None]:
+    """The values as JSON."""
     try:
-        together = SUPER.encode(marked)
+        texts = [None if value is None else SUPER.encode(value) for value in values]
     except (ValueError, RecursionError) as error:  # NaN, Infinity; nested too deeply
         raise Unfit(f"is not JSON that super holds: {error}") from None
-    refuse_texts([together], sys.maxsize)
-    texts = f"{together[1:-1]},".split(f',"{MARK}",')[:-1]
-    # The search for six characters would be slow where there is no backslash.
-    has_nul = "\\" in together and "\\u0000" in together
-    if has_nul or max(map(len, texts), default=0) > 65_535 // 4:
-        refuse_texts(texts, 16 << 20)
-        refuse_texts(list(texts_in(list(values))), 65_535)
-    return [None if v is None else text for v, text in zip(values, texts, strict=True)]
-
-
-def texts_in(value: Any) -> Iterator[str]:
-    """All texts in a value, the names in its objects among them."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for inner in chain(value, value.values()) if isinstance(value, dict) else value:
-            yield from texts_in(inner)
+    present = list(filter(None, texts))
+    refuse_texts(present, 16 << 20)
+    for text in present:
+        if len(text) > 65_535 // 4 or r"\u0000" in text:
+            refuse_texts(list(map(json.loads, STRING.findall(text))), 65_535)
+    return texts
 
 
 # What pandas calls the types; all others are texts in the CSV, and objects for pandas.
@@ -1426,11 +1397,8 @@ def to_frame(table: Table, columns: Columns) -> pd.DataFrame:
     """The frame of checked values. Raises PipelineError where two rows have one key."""
     dtypes = {column.name: DTYPES.get(column.kind, "object") for column in table.columns}
     frame = pd.DataFrame({n: pd.Series(columns[n], dtype=dtype) for n, dtype in dtypes.items()})
-    keys = frame[list(table.key)]
-    for column in table.columns:
-        if column.in_key and column.kind == "varchar":
-            # Redshift compares texts without the spaces at their end.
-            keys[column.name] = keys[column.name].str.rstrip(" ")
+    # Redshift compares texts without the spaces at their end.
+    keys = frame[list(table.key)].apply(lambda k: k.str.rstrip(" ") if k.dtype == object else k)
     refuse_doubles(table, keys[keys.duplicated()].head(5).to_dict("records"))
     return frame
 
@@ -1444,27 +1412,22 @@ def refuse_doubles(table: Table, keys: list[dict[Any, Any]]) -> None:
 
 def warn_of_drift(tables: tuple[Table, ...], names: FieldNames) -> None:
     """Logs the fields that no table loads, and those that no record has."""
-    by_name = {table.name: table for table in tables}
-    met = {
-        source_path(by_name[table], (*path, name))
-        for (table, *path), found in names.items()
-        for name in found
-    }
-    known, wanted = {""}, set[str]()
+    met = {(), *((*path, name) for path, found in names.items() for name in found)}
+    known, wanted = set[tuple[str, ...]](), set[tuple[str, ...]]()
     for table in tables:
-        rows = split_path(table.rows)
-        known |= {join_path(rows[: n + 1]) for n in range(len(rows))}
-        for column in table.columns:
-            known |= {source_path(table, column.path[: n + 1]) for n in range(len(column.path))}
-        paths = {source_path(table, column.path) for column in table.columns}
-        if paths & met:  # a table without rows has not looked at any field
-            wanted |= paths
-        wanted.discard(f"{table.rows}[].position")  # counted where it is not served
-    unknown = [p if p.isprintable() else shorten(p) for p in sorted(met - known)]
-    if unknown:
-        log.warning("the source has fields that no table loads: %s", ", ".join(unknown))
-    for missing in sorted(wanted - met - {""}):
-        log.warning("no record has the field %s, so its column is null", missing)
+        paths, rows = [source_path(table, c.path) for c in table.columns], split_path(table.rows)
+        known |= {path[:depth] for path in (*paths, rows) for depth in range(len(path) + 1)}
+        if not met.isdisjoint(paths):  # a table without rows has not looked at any field
+            wanted.update(paths)
+        if rows:
+            element = source_path(table, ())
+            known.add((*element, str(table.parent)))
+            wanted.discard((*element, "position"))  # counted where it is not served
+    unknown = map(join_path, sorted(met - known))
+    if shown := ", ".join(path if path.isprintable() else shorten(path) for path in unknown):
+        log.warning("the source has fields that no table loads: %s", shown)
+    for path in sorted(wanted - met):
+        log.warning("no record has the field %s, so its column is null", join_path(path))
 
 
 # --- stage --------------------------------------------------------------------------------------
@@ -1508,24 +1471,17 @@ def to_csv(frame: pd.DataFrame, null: str) -> list[bytes]:
     DataFrame.to_csv takes several times as long.
     """
 
-    def quote(texts: list[str | None]) -> list[str]:
-        if '"' in "".join(filter(None, texts)):
-            texts = [text and text.replace('"', '""') for text in texts]
-        return [null if text is None else f'"{text}"' for text in texts]
-
     def cells(values: pd.Series[Any]) -> Iterable[str]:
-        if values.dtype == "boolean":  # as t and f: Redshift's guide does not know True
-            return map({True: "t", False: "f", pd.NA: null}.__getitem__, values)
-        if values.dtype != object:
-            return map(str, values.to_numpy(object, na_value=null))
-        texts = values.tolist()
-        # Some at a time, so that they are still in the cache when the rows are made of them.
-        slices = (texts[start : start + CSV_ROWS] for start in range(0, len(texts), CSV_ROWS))
-        return chain.from_iterable(map(quote, slices))
+        if values.dtype == object:
+            texts = values.tolist()
+            return (null if t is None else '"' + t.replace('"', '""') + '"' for t in texts)
+        if values.dtype == "boolean":  # Redshift's guide knows t and f, not True and False
+            values = values.map({True: "t", False: "f"})
+        return map(str, values.to_numpy(object, na_value=null))
 
-    rows = map(",".join, zip(*(cells(frame[name]) for name in frame), strict=True))
+    rows = zip(*(cells(frame[name]) for name in frame), strict=True)
     # One by one: in a text of all, a single emoji would make each character take four bytes.
-    return list(map(str.encode, rows))
+    return [",".join(row).encode() for row in rows]
 
 
 def warn_of_large_rows(table: Table, frame: pd.DataFrame, lines: list[bytes]) -> None:
@@ -1546,7 +1502,7 @@ class Stager:
 
     def __init__(self, run: Run, folder: Path, s3: Any) -> None:
         self.run, self.folder, self._s3 = run, folder, s3
-        self.figures = {"files": 0, "bytes": 0}  # uploaded so far
+        self.figures = Counter(files=0, bytes=0)  # uploaded so far
         self.parts: dict[str, list[Path]] = {table.name: [] for table in run.config.tables}
         self._open: dict[str, gzip.GzipFile] = {}  # each table's last part
         self._threads = ThreadPool(1), ThreadPool(1)  # for the parts in their order, the response
@@ -1582,9 +1538,8 @@ class Stager:
         raw, sha256 = self._raw.get()
         self._upload("raw", raw)
         for name, parts in self.parts.items():
-            urls = [self.run.url(name, part.name) for part in parts]
             manifest = self.folder / "manifest.json"
-            entries = [{"url": url, "mandatory": True} for url in urls]
+            entries = [{"url": self.run.url(name, p.name), "mandatory": True} for p in parts]
             manifest.write_text(json.dumps({"entries": entries}, indent=2))
             self._upload(name, manifest)
         source = masked(self.run.config.source.url)
@@ -1597,8 +1552,7 @@ class Stager:
         if table.name not in self._open:
             parts.append(self.folder / f"{table.name}.{len(parts) + 1:04}.csv.gz")
             self._open[table.name] = gzip.GzipFile(parts[-1], "wb", GZIP_LEVEL, mtime=0)
-            header = ",".join(column.name for column in table.columns)
-            self._open[table.name].write(f"{header}\n".encode())
+            lines = [",".join(table.names).encode(), *lines]
         self._open[table.name].write(b"\n".join([*lines, b""]))
 
     def _end_part(self, name: str) -> None:
@@ -1616,12 +1570,9 @@ class Stager:
         url = self.run.url(name, file.name)
         with aws_errors("write", url, "stage"):  # which goes on beside the transform
             bucket, path = urlsplit(url).netloc, urlsplit(url).path[1:]
-            self._s3.upload_file(str(file), bucket, path, encryption, self._count, threadless)
-        self.figures["files"] += 1
+            self._s3.upload_file(str(file), bucket, path, encryption, Config=threadless)
+        self.figures.update(files=1, bytes=file.stat().st_size)
         file.unlink()
-
-    def _count(self, uploaded: int) -> None:
-        self.figures["bytes"] += uploaded
 
 
 def compress_raw(body: Path, folder: Path) -> tuple[Path, str]:
@@ -1669,13 +1620,10 @@ def bucket_client(bucket: str) -> Any:
 @contextlib.contextmanager
 def aws_errors(action: str, resource: str, of_step: str = "") -> Iterator[None]:
     """Turns what boto3 raises into a PipelineError: what could not be done to what, and as whom."""
+    of_botocore = botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError
     try:
         yield
-    except (
-        botocore.exceptions.BotoCoreError,
-        botocore.exceptions.ClientError,
-        boto3.exceptions.Boto3Error,
-    ) as error:
+    except (*of_botocore, boto3.exceptions.Boto3Error) as error:
         context["step"] = of_step or context["step"]
         identity = ""
         with contextlib.suppress(Exception):

@@ -478,7 +478,7 @@ def sizes(**changes: Any) -> contextlib.AbstractContextManager[Any]:
     return mock.patch.multiple(main, **changes) if changes else contextlib.nullcontext()
 
 
-READ_CHARACTERS, CSV_ROWS = main.READ_CHARACTERS, main.CSV_ROWS
+READ_CHARACTERS = main.READ_CHARACTERS
 CHUNK_RECORDS = main.CHUNK_RECORDS
 
 

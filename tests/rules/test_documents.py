@@ -594,7 +594,6 @@ SIZES = st.fixed_dictionaries(
     {
         "CHUNK_RECORDS": st.sampled_from([1, 3, 7]),
         "CHUNK_PIECES": st.sampled_from([1, 2, 3]),
-        "CSV_ROWS": st.sampled_from([1, 2, 300]),
         "READ_CHARACTERS": st.sampled_from([1, 7, 64, 1 << 20]),
     }
 )

@@ -12,7 +12,6 @@ import pytest
 import yaml
 
 from helpers import (
-    CSV_ROWS,
     NULL,
     PipelineError,
     Record,
@@ -165,7 +164,7 @@ def test_rows(table: Table, record: Record, rows: list[list[str]]) -> None:
 # A table, the record with the id 7, and what is said of it.
 MISFITS: list[tuple[Table, Record, str]] = [
     (NESTED, {"a": "text"}, 'id=7: a: "text" is not an object'),
-    (NESTED, {"a": []}, "id=7: a: [] is not an object"),
+    (NESTED, {"a": []}, "id=7: a: [] is an array: arrays in arrays are not supported, super is"),
     (NESTED, {"a": 0}, "id=7: a: 0 is not an object"),
     (NESTED, {"a": False}, "id=7: a: false is not an object"),
     (NESTED, {"a": {"b": "text"}}, 'id=7: a.b: "text" is not an object'),
@@ -212,7 +211,7 @@ MISFITS: list[tuple[Table, Record, str]] = [
         elements("lines.taxes", {}),
         {"lines": [{"taxes": [1]}]},
         'launch_id=7, position=null: lines.taxes[]: [{"taxes": [1]}] is an array: '
-        "arrays in arrays are not supported, a column of type super is",
+        "arrays in arrays are not supported, super is",
     ),
     (
         table_of({"id": "integer", "part.n": "integer"}, ["id", "part_n"]),
@@ -377,15 +376,6 @@ def test_a_row_of_all_kinds() -> None:
     assert csv_of(records, table_of(kinds, "number")) == (
         f'9007199254740993,t,0.1,"[""a""]"\n1,{NULL},{NULL},{NULL}\n'
     )
-
-
-@pytest.mark.parametrize("number", [CSV_ROWS - 1, CSV_ROWS, 2 * CSV_ROWS])
-def test_a_text_with_quotes_among_many(number: int) -> None:
-    texts, cells = ["", None, "x"] * CSV_ROWS, ['""', NULL, '"x"'] * CSV_ROWS
-    texts[number], cells[number] = '"', '""""'
-    records: Records = [{"text": text, "n": n} for n, text in enumerate(texts)]
-    table = table_of({"text": "varchar(9)", "n": "integer"}, "n")
-    assert csv_of(records, table) == "".join(f"{cell},{n}\n" for n, cell in enumerate(cells))
 
 
 def test_no_rows_are_no_text() -> None:
