@@ -5,7 +5,7 @@ stages each table as gzipped CSV in S3, copies the files into temporary tables, 
 upserts) the rows of all tables in one transaction, and tells people how it went.
 
 The file reads in the order in which the data flows: configuration, log, extract, transform, stage,
-load, notify, run, main.
+load, notify, run, check, main.
 """
 
 from __future__ import annotations
@@ -1487,16 +1487,20 @@ class Stager:
         for result in self._ahead:
             result.get()
 
-    def finish(self) -> dict[str, str]:
-        """Stages the response, and the manifests that COPY reads; tells where rows come from."""
-        raw, sha256 = self._raw.get()
-        self._upload("raw", raw)
+    def stage_manifests(self) -> None:
+        """Stages for each table the list of its parts, which COPY reads."""
         for name, parts in self.parts.items():
             urls = [self.run.url(name, part.name) for part in parts]
             manifest = self.folder / "manifest.json"
             entries = [{"url": url, "mandatory": True} for url in urls]
             manifest.write_text(json.dumps({"entries": entries}, indent=2))
             self._upload(name, manifest)
+
+    def finish(self) -> dict[str, str]:
+        """Stages the response and the manifests; tells where rows come from."""
+        raw, sha256 = self._raw.get()
+        self._upload("raw", raw)
+        self.stage_manifests()
         source = masked(self.run.config.source.written_url)
         return {"source": source, "raw": self.run.url("raw", raw.name), "sha256": sha256}
 
@@ -2104,12 +2108,11 @@ def in_time(calls: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
 
 
 def send_slack(secret: str, event: str, _subject: str, text: str) -> None:
-    """Posts a message to the incoming webhook whose URL is the secret, or its URL as JSON."""
-    url = read_secret(secret)
-    with contextlib.suppress(ValueError, AttributeError):
-        url = {name.lower(): str(value) for name, value in json.loads(url).items()}.get("url", "")
-    if not re.match("https?://", url):
+    """Posts a message to the incoming webhook whose URL is in the secret, as such or in JSON."""
+    found = re.search(r'https?://[^\s"]*', read_secret(secret))
+    if not found:
         raise PipelineError(f"the secret {secret} holds no URL")
+    url = found[0]
     hide(url, urlsplit(url).path)
     icon = {"success": "✅ ", "failure": "❌ "}.get(event, "")
     text = html.escape(icon + text, quote=False)[:39_000]  # of 40,000 that Slack takes
@@ -2248,11 +2251,9 @@ def print_dry_run(run: Run, parts: dict[str, list[Path]]) -> None:
     """Prints the files, the first rows and the SQL of a run that goes no further."""
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "<region>"
     for table in run.config.tables:
-        files = parts[table.name]
-        print_lines(
-            f"\n-- {table.name}: {run.rows[table.name]} rows in", *map("--   {}".format, files)
-        )
-        first = pd.read_csv(files[0], nrows=3, dtype=str, keep_default_na=False)
+        files = "".join(f"\n--   {file}" for file in parts[table.name])
+        print_lines(f"\n-- {table.name}: {run.rows[table.name]} rows in{files}")
+        first = pd.read_csv(parts[table.name][0], nrows=3, dtype=str, keep_default_na=False)
         if run.rows[table.name]:
             print_lines(first.replace(run.null, "NULL").T.to_string(header=False, max_colwidth=36))
         sqls = [create_sql(table), create_staging_sql(table), copy_sql(run, table, region)]
@@ -2280,6 +2281,83 @@ def stoppable() -> Iterator[None]:
         on_signals(signal.SIG_IGN)
 
 
+# --- check --------------------------------------------------------------------------------------
+
+
+def check(config: Config) -> int:
+    """Tries, in the order of a run, all that one needs, and returns the exit status.
+
+    Prints a line for each. After a failure it goes on with what can be tried all the same.
+    """
+    run, failed = Run(config, token="check"), set[str]()
+    frames = [to_frame(table, Columns(list)) for table in config.tables]
+    print_lines(f"configuration: ok, tables {len(frames)}")
+    temporary = tempfile.TemporaryDirectory(prefix="sequra-", ignore_cleanup_errors=True)
+    with temporary as folder, stoppable():
+        with attempt("aws", failed) as details, aws_errors("ask", "AWS who this is"):
+            details.append(aws_client("sts").get_caller_identity()["Arn"])
+            details.append(f"region {aws_client('s3').meta.region_name}")
+        with attempt("redshift", failed) as details, session(config.redshift) as cursor:
+            details += execute(cursor, "SELECT current_user, current_database()").fetchone()
+        if "redshift" not in failed:
+            with attempt("rights", failed), session(config.redshift) as cursor:
+                check_rights(cursor, run)
+        with attempt("source", failed) as details, step("source") as figures:
+            first_page = replace(config, source=replace(config.source, next=""))
+            body = extract(first_page, Path(folder), figures)
+            frames = next(read_frames(body, config.tables, FieldNames(set)))
+            details.append(f"rows {', '.join(str(len(frame)) for frame in frames)}")
+        with attempt("bucket", failed):
+            s3 = bucket_client(config.staging.bucket)
+            stager = Stager(run, Path(folder), s3)
+            for table, frame in zip(config.tables, frames, strict=True):
+                stager.write(table, frame)
+            stager.end_parts()
+            stager.stage_manifests()
+        if not failed & {"redshift", "bucket"}:
+            with attempt("copy", failed), session(config.redshift) as cursor:
+                for table in config.tables:
+                    copy(cursor, run, table, s3.meta.region_name)
+        if "redshift" not in failed:
+            with attempt("tables", failed) as details, session(config.redshift) as cursor:
+                for sql in planned_changes(cursor, config):
+                    details.append(f"a run would {sql.partition(' (')[0]}")
+    return int(bool(failed))
+
+
+@contextlib.contextmanager
+def attempt(name: str, failed: set[str]) -> Iterator[list[str]]:
+    """Prints whether a part of the check is ok, with details, or else what is wrong."""
+    context["step"], details = name, ["ok"]
+    try:
+        yield details
+    except (PipelineError, OSError, botocore.exceptions.BotoCoreError) as error:
+        failed.add(name)
+        details = [f"failed: {' '.join(str(error).split())}"]
+    print_lines(masked(f"{name}: {', '.join(details)}"))
+
+
+def check_rights(cursor: Any, run: Run) -> None:
+    """Raises PipelineError where the database user lacks a right, or gets no lock in time."""
+    execute(cursor, create_staging_sql(run.config.tables[0]))
+    rights, lacking = list[tuple[str, str, str]](), list[str]()
+    for table in (*run.config.tables, audit_table(run.config)):
+        existing = existing_columns(cursor, table)
+        if existing:
+            rights += [(right, "TABLE", table.name) for right in ("SELECT", "INSERT", "DELETE")]
+        else:
+            rights.append(("CREATE", "SCHEMA", table.name.partition(".")[0]))
+    for right, kind, name in dict.fromkeys(rights):
+        sql = f"SELECT has_{kind}_privilege({literal(name)}, {literal(right)})"
+        if not execute(cursor, sql).fetchone()[0]:
+            lacking.append(f"{right} ON {kind} {name}")
+    if lacking:
+        raise PipelineError(f"the database user lacks {', '.join(lacking)}: GRANT it")
+    if existing:  # of the audit table
+        execute(cursor, "SET statement_timeout TO 10000")
+        is_loaded(cursor, run)
+
+
 # --- main ---------------------------------------------------------------------------------------
 
 
@@ -2297,12 +2375,14 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = load_config(options.config, options.source)
         import_packages()
+        if options.check:
+            return check(config)
         if options.test_alerts:
             return test_alerts(config)
         return run_pipeline(config, options.dry_run, options.allow_shrink)
     except (Exception, Stopped) as error:
         reason = log_failure(error)
-        is_tried_out = options.dry_run or options.test_alerts
+        is_tried_out = options.dry_run or options.check or options.test_alerts
         if isinstance(error, ConfigError) and error.alerts and not is_tried_out:
             import_packages()
             tell(error.alerts, "failure", reason, [])
@@ -2316,6 +2396,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     option("--config", type=Path, default=DEFAULT_CONFIG, help="default: conf/pipeline.yaml")
     option("--source", help="URL (https, http, s3) or path to read instead of source.url")
     option("--dry-run", action="store_true", help="stop before S3; print first rows and SQL")
+    option("--check", action="store_true", help="try all that a run needs, without loading")
     option("--allow-shrink", action="store_true", help="replace rows by far fewer, this once")
     option("--verbose", action="store_true", help="log the SQL, with its times")
     option("--log-format", default=os.environ.get("LOG_FORMAT") or "text", help="text or json")

@@ -111,7 +111,7 @@ def test_a_wrong_configuration_is_told(sandbox: Sandbox, tmp_path: Path) -> None
     assert mail["Subject"].startswith("pipeline failed")
 
 
-@pytest.mark.parametrize("option", ["--dry-run", "--test-alerts"])
+@pytest.mark.parametrize("option", ["--dry-run", "--check", "--test-alerts"])
 def test_who_tries_out_a_wrong_configuration_sees_it(
     sandbox: Sandbox, tmp_path: Path, option: str
 ) -> None:
