@@ -2302,11 +2302,10 @@ def check(config: Config) -> int:
         if "redshift" not in failed:
             with attempt("rights", failed), session(config.redshift) as cursor:
                 check_rights(cursor, run)
-        with attempt("source", failed) as details, step("source") as figures:
+        with attempt("source", failed), step("source") as figures:
             first_page = replace(config, source=replace(config.source, next=""))
             body = extract(first_page, Path(folder), figures)
             frames = next(read_frames(body, config.tables, FieldNames(set)))
-            details.append(f"rows {', '.join(str(len(frame)) for frame in frames)}")
         with attempt("bucket", failed):
             s3 = bucket_client(config.staging.bucket)
             stager = Stager(run, Path(folder), s3)
@@ -2315,9 +2314,10 @@ def check(config: Config) -> int:
             stager.end_parts()
             stager.stage_manifests()
         if not failed & {"redshift", "bucket"}:
-            with attempt("copy", failed), session(config.redshift) as cursor:
+            with attempt("copy", failed) as details, session(config.redshift) as cursor:
                 for table in config.tables:
                     copy(cursor, run, table, s3.meta.region_name)
+                details.append(rows_text(run.rows, {}))
         if "redshift" not in failed:
             with attempt("tables", failed) as details, session(config.redshift) as cursor:
                 for sql in planned_changes(cursor, config):
@@ -2340,20 +2340,20 @@ def attempt(name: str, failed: set[str]) -> Iterator[list[str]]:
 def check_rights(cursor: Any, run: Run) -> None:
     """Raises PipelineError where the database user lacks a right, or gets no lock in time."""
     execute(cursor, create_staging_sql(run.config.tables[0]))
-    rights, lacking = list[tuple[str, str, str]](), list[str]()
+    lacking = list[str]()
     for table in (*run.config.tables, audit_table(run.config)):
         existing = existing_columns(cursor, table)
-        if existing:
-            rights += [(right, "TABLE", table.name) for right in ("SELECT", "INSERT", "DELETE")]
-        else:
-            rights.append(("CREATE", "SCHEMA", table.name.partition(".")[0]))
-    for right, kind, name in dict.fromkeys(rights):
-        sql = f"SELECT has_{kind}_privilege({literal(name)}, {literal(right)})"
-        if not execute(cursor, sql).fetchone()[0]:
-            lacking.append(f"{right} ON {kind} {name}")
+        kind, name, rights = "TABLE", table.name, ["SELECT", "INSERT", "DELETE"]
+        if not existing:
+            kind, name, rights = "SCHEMA", table.name.partition(".")[0], ["CREATE"]
+        for right in rights:
+            sql = f"SELECT has_{kind}_privilege({literal(name)}, {literal(right)})"
+            if not execute(cursor, sql).fetchone()[0]:
+                lacking.append(f"{right} ON {kind} {name}")
     if lacking:
-        raise PipelineError(f"the database user lacks {', '.join(lacking)}: GRANT it")
-    if existing:  # of the audit table
+        what = ", ".join(dict.fromkeys(lacking))
+        raise PipelineError(f"the user lacks {what}: the owner or a superuser has to GRANT it")
+    if existing:  # of the audit table, the last
         execute(cursor, "SET statement_timeout TO 10000")
         is_loaded(cursor, run)
 

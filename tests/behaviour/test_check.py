@@ -65,7 +65,7 @@ def test_before_the_first_run(sandbox: Sandbox, tmp_path: Path) -> None:
     assert (failed(lines), done.returncode) == ({}, 0), done.stderr
     assert "eu-west-1" in lines["aws"]
     assert ":user/moto" in lines["aws"]
-    assert "30" in lines["source"]
+    assert lines["copy"] == f"ok, {LAUNCHES} 30 rows, {CORES} 38 rows"
     for name in (LAUNCHES, CORES, AUDIT):
         assert f"CREATE TABLE IF NOT EXISTS {quoted(name)}" in lines["tables"]
     assert everything(sandbox) == before
@@ -180,10 +180,10 @@ CASES: dict[str, tuple[Callable[[Sandbox], dict[str, Any]], dict[str, str]]] = {
         refused("CREATE TEMP", RedshiftError("42501", "permission denied")),
         {"rights": 'CREATE TEMP TABLE "staging_1"', "copy": 'CREATE TEMP TABLE "staging_1"'},
     ),
-    "no right to create": (no_create, {"rights": "lacks CREATE ON SCHEMA public: GRANT"}),
+    "no right to create": (no_create, {"rights": "lacks CREATE ON SCHEMA public: the owner"}),
     "no right to insert or lock": (
         no_rights,
-        {"rights": f"lacks INSERT ON TABLE {LAUNCHES}, DELETE ON TABLE {AUDIT}: GRANT"},
+        {"rights": f"lacks INSERT ON TABLE {LAUNCHES}, DELETE ON TABLE {AUDIT}: the owner"},
     ),
     "no source": (not_found, {"source": "HTTP 404"}),
     "misfit": (misfit, {"source": 'flight_number: "one" is not an integer'}),
