@@ -5,7 +5,7 @@ stages each table as gzipped CSV in S3, copies the files into temporary tables, 
 upserts) the rows of all tables in one transaction, and tells people how it went.
 
 The file reads in the order in which the data flows: configuration, log, extract, transform, stage,
-load, notify, run, main.
+load, notify, run, check, main.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ CHUNKS_AHEAD = 3  # of the thread that compresses and uploads
 GZIP_LEVEL = 4
 LOAD_TRIES = 4
 ANSWER_MARGIN = 30  # seconds after a statement's time-out until the connection is given up
-ALERT_SECONDS = 10  # for all that is done about alerts
+ALERT_SECONDS = 5  # to look at the tables for an alert, and to send it
 PROGRESS_SECONDS = 5
 
 Records = list[dict[str, Any]]
@@ -1533,15 +1533,19 @@ class Stager:
         for result in self._ahead:
             result.get()
 
-    def finish(self) -> dict[str, str]:
-        """Stages the response, and the manifests that COPY reads; tells where rows come from."""
-        raw, sha256 = self._raw.get()
-        self._upload("raw", raw)
+    def stage_manifests(self) -> None:
+        """Stages for each table the list of its parts, which COPY reads."""
         for name, parts in self.parts.items():
             manifest = self.folder / "manifest.json"
             entries = [{"url": self.run.url(name, p.name), "mandatory": True} for p in parts]
             manifest.write_text(json.dumps({"entries": entries}, indent=2))
             self._upload(name, manifest)
+
+    def finish(self) -> dict[str, str]:
+        """Stages the response and the manifests; tells where rows come from."""
+        raw, sha256 = self._raw.get()
+        self._upload("raw", raw)
+        self.stage_manifests()
         source = masked(self.run.config.source.url)
         return {"source": source, "raw": self.run.url("raw", raw.name), "sha256": sha256}
 
@@ -1741,12 +1745,10 @@ def delete_sql(table: Table) -> str:
 
     Not TRUNCATE, which commits; and no lock, so that readers and the load never wait.
     """
-    delete = f"DELETE FROM {quoted(table.name)}"
-    if table.mode == "replace":
-        return delete
     target, staging = quoted(table.name), quoted(table.staging)
-    same = (f"{target}.{quoted(name)} = {staging}.{quoted(name)}" for name in table.key)
-    return f"{delete}\nUSING {staging}\nWHERE {' AND '.join(same)}"
+    same = " AND ".join(f"{target}.{quoted(n)} = {staging}.{quoted(n)}" for n in table.key)
+    of_staged = f"\nUSING {staging}\nWHERE {same}" if table.mode == "upsert" else ""
+    return f"DELETE FROM {target}{of_staged}"
 
 
 def insert_sql(run: Run, table: Table) -> str:
@@ -1800,29 +1802,26 @@ def connect(redshift: Redshift) -> Any:
         try:
             connection = redshift_connector.connect(
                 **login,
-                ssl=True,
                 sslmode="verify-full",  # by default the driver only warns of another host's name
                 timeout=30,
                 tcp_keepalive_idle=60,
                 application_name="sequra_challenge",
             )
-        except Exception as caught:
-            error, left = redshift_error(caught), give_up - time.monotonic()
-            if error.code == LOGIN_REFUSED and not refused:
-                refused = True
-                continue
-            if not isinstance(error, TransientError) or left <= 0:
-                to = "{host}:{port}, database {database}".format(**login)
-                kind = UnavailableError if isinstance(error, TransientError) else PipelineError
-                raise kind(f"cannot connect to Redshift at {to}: {error}", error.code) from None
-            wait = min(wait, left)
-            log.warning("cannot connect: %s, trying again in %.0f s", error, wait)
-            pause(wait)
-            wait = min(wait * 2, 15)
-        else:
             # The driver's time-out is for every answer, COPY's too.
             connection._usock.settimeout(redshift.statement_seconds + ANSWER_MARGIN)
             return connection
+        except Exception as caught:
+            error, left = redshift_error(caught), give_up - time.monotonic()
+        if error.code == LOGIN_REFUSED and not refused:
+            refused = True
+            continue
+        if not isinstance(error, TransientError) or left <= 0:
+            to = "{host}:{port}, database {database}".format(**login)
+            kind = UnavailableError if isinstance(error, TransientError) else PipelineError
+            raise kind(f"cannot connect to Redshift at {to}: {error}", error.code)
+        log.warning("cannot connect: %s, trying again in %.0f s", error, min(wait, left))
+        pause(min(wait, left))
+        wait = min(wait * 2, 15)
 
 
 def check_login(redshift: Redshift) -> None:
@@ -1836,14 +1835,14 @@ def check_login(redshift: Redshift) -> None:
 
 
 @contextlib.contextmanager
-def session(redshift: Redshift) -> Iterator[tuple[Any, Any]]:
-    """A new connection, at first in autocommit, with its cursor; closed even when broken."""
+def session(redshift: Redshift) -> Iterator[Any]:
+    """A cursor on a new connection, which commits each statement; closed even when broken."""
     connection = connect(redshift)
     try:
         connection.autocommit = True  # pg_last_copy_id() does not survive a rollback
         cursor = connection.cursor()
         execute(cursor, f"SET statement_timeout TO {redshift.statement_seconds * 1000}")
-        yield connection, cursor
+        yield cursor
     finally:
         with contextlib.suppress(redshift_connector.Error, OSError):
             connection.close()  # the server rolls back what was not committed
@@ -1862,15 +1861,15 @@ def execute(cursor: Any, sql: str, *values: Any, advice: str = "") -> Any:
         log.debug("%.3f s: %s", time.perf_counter() - began, sql)
 
 
-Changes = dict[str, tuple[int, int]]  # for each table how many rows it had and has
+Loaded = tuple[dict[str, int], dict[str, int]]  # the rows that each table has now, the difference
 
 
-def load(run: Run, region: str, lineage: dict[str, str]) -> Changes:
+def load(run: Run, region: str, lineage: dict[str, str]) -> Loaded:
     """Loads the staged files; where that may help again, on a new connection: twice does no harm.
 
     The pauses in between grow, with jitter, so that two loaders do not meet again. After the last
     try it is looked up whether only the answer to its commit got lost. Then, and when a try finds
-    that of the one before, the changes are not known.
+    that of the one before, the rows are those that were staged, without a difference.
     """
     tries = 0
     while True:
@@ -1879,22 +1878,22 @@ def load(run: Run, region: str, lineage: dict[str, str]) -> Changes:
             return load_once(run, region, lineage)
         except TransientError as error:
             if tries == LOAD_TRIES:
-                with session(run.config.redshift) as (connection, cursor):
-                    if is_loaded(connection, cursor, run):
-                        return {}
+                with session(run.config.redshift) as cursor:
+                    if is_loaded(cursor, run):
+                        return dict(run.rows), {}
                 raise
             wait = 2**tries * random.uniform(0.5, 1)
             log.warning("%s, trying again in %.1f s", error, wait)
             time.sleep(wait)
 
 
-def load_once(run: Run, region: str, lineage: dict[str, str]) -> Changes:
+def load_once(run: Run, region: str, lineage: dict[str, str]) -> Loaded:
     """Copies the staged files into temporary tables, and swaps the rows of all tables at once."""
-    with session(run.config.redshift) as (connection, cursor):
+    with session(run.config.redshift) as cursor:
         prepare_targets(cursor, run.config)
         for table in run.config.tables:
             copy(cursor, run, table, region)
-        return {} if is_loaded(connection, cursor, run) else swap(cursor, run, lineage)
+        return (dict(run.rows), {}) if is_loaded(cursor, run) else swap(cursor, run, lineage)
 
 
 AUDIT_COLUMNS = (
@@ -1906,8 +1905,8 @@ AUDIT_COLUMNS = (
 
 def audit_table(config: Config) -> Table:
     """The table that gets a row for each run and table, and that loaders lock to take turns."""
-    columns = (parse_column(*text.split()) for text in AUDIT_COLUMNS.split(", "))
-    return Table(name=config.redshift.audit_table, columns=tuple(columns), key=())
+    columns = tuple(parse_column(*text.split()) for text in AUDIT_COLUMNS.split(", "))
+    return Table(name=config.redshift.audit_table, columns=columns, key=())
 
 
 WIDEN_ADVICE = (
@@ -1921,12 +1920,19 @@ WHERE table_schema = {} AND table_name = {}"""
 
 
 def prepare_targets(cursor: Any, config: Config) -> None:
-    """Creates missing tables, adds missing columns and widens narrower texts.
+    """Creates missing tables, adds missing columns and widens narrower texts."""
+    for sql, advice in planned_changes(cursor, config).items():
+        level = logging.WARNING if sql.startswith("ALTER") else logging.INFO
+        log.log(level, "%s", sql.partition(" (")[0])
+        execute(cursor, sql, advice=advice)
 
-    Raises PipelineError, before any of that, where a table differs in another way.
+
+def planned_changes(cursor: Any, config: Config) -> dict[str, str]:
+    """The statements that make the tables fit, each with what to do where it is refused.
+
+    Raises PipelineError where a table differs in a way that none of them would mend.
     """
-    changes: dict[str, str] = {}  # statements, and what to do where one is refused
-    faults = []
+    changes, faults = dict[str, str](), list[str]()
     for table in (*config.tables, audit_table(config)):
         existing, alter = existing_columns(cursor, table), f"ALTER TABLE {quoted(table.name)}"
         if not existing:
@@ -1951,10 +1957,7 @@ def prepare_targets(cursor: Any, config: Config) -> None:
             log.warning("%s also has the columns %s", table.name, ", ".join(existing))
     if faults:
         raise PipelineError("\n  ".join(["tables differ from the configuration:", *faults]))
-    for sql, advice in changes.items():
-        level = logging.WARNING if sql.startswith("ALTER") else logging.INFO
-        log.log(level, "%s", sql.partition(" (")[0])
-        execute(cursor, sql, advice=advice)
+    return changes
 
 
 def existing_columns(cursor: Any, table: Table) -> dict[str, Column]:
@@ -2031,10 +2034,10 @@ LOCK_ADVICE = (
 )
 
 
-def is_loaded(connection: Any, cursor: Any, run: Run) -> bool:
+def is_loaded(cursor: Any, run: Run) -> bool:
     """Begins the transaction with the loaders' lock; tells whether the run is committed already."""
-    connection.autocommit = False
-    audit = quoted(audit_table(run.config).name)
+    audit = quoted(run.config.redshift.audit_table)
+    execute(cursor, "BEGIN")
     # The snapshot is taken at the first query, which is why the lock comes before it.
     execute(cursor, f"LOCK {audit}", advice=LOCK_ADVICE.format(literal(audit)))
     sql = f'SELECT count(*) FROM {audit} WHERE "_run_id" = {literal(run.id)}'
@@ -2044,22 +2047,19 @@ def is_loaded(connection: Any, cursor: Any, run: Run) -> bool:
     return bool(rows)
 
 
-def swap(cursor: Any, run: Run, lineage: dict[str, str]) -> Changes:
+def swap(cursor: Any, run: Run, lineage: dict[str, str]) -> Loaded:
     """Puts the staged rows of all tables in place, and a row for each into the audit table.
 
     All in one transaction: a reader sees the rows of before or those of this run, everywhere.
     """
-    rows_before = {}
+    rows = {table.name: rows_before(cursor, run, table) for table in run.config.tables}
+    difference = dict[str, int]()
     for table in run.config.tables:
-        sql = f"SELECT count(*) FROM {quoted(table.name)}"
-        (rows_before[table.name],) = execute(cursor, sql).fetchone()
-        refuse_shrinking(run, table, rows_before[table.name])
-    changes = {}
-    for table in run.config.tables:
-        before, loaded = rows_before[table.name], run.rows[table.name]
+        before, loaded = rows[table.name], run.rows[table.name]
         deleted = execute(cursor, delete_sql(table)).rowcount
         execute(cursor, insert_sql(run, table))
-        changes[table.name] = before, before - deleted + loaded
+        difference[table.name] = loaded - deleted
+        rows[table.name] += loaded - deleted
         row = lineage | {
             "table_name": table.name,
             "mode": table.mode,
@@ -2069,17 +2069,21 @@ def swap(cursor: Any, run: Run, lineage: dict[str, str]) -> Changes:
             "started_at": run.started.replace(microsecond=0),  # as whole as GETDATE()
             "_run_id": run.id,
         }
-        audit, places = quoted(audit_table(run.config).name), ", ".join(["%s"] * len(row))
+        audit, places = quoted(run.config.redshift.audit_table), ", ".join(["%s"] * len(row))
         sql = f'INSERT INTO {audit} ({quoted(*row)}, "_loaded_at") VALUES ({places}, GETDATE())'
         execute(cursor, sql, *row.values())
     if Stopped.by_signal:
         raise Stopped.by_signal
     execute(cursor, "COMMIT")
-    return changes
+    return rows, difference
 
 
-def refuse_shrinking(run: Run, table: Table, before: int) -> None:
-    """Raises PipelineError when a replace would leave so few rows that the source seems broken."""
+def rows_before(cursor: Any, run: Run, table: Table) -> int:
+    """The number of rows that the table has.
+
+    Raises PipelineError when a replace would leave so few of them that the source seems broken.
+    """
+    (before,) = execute(cursor, f"SELECT count(*) FROM {quoted(table.name)}").fetchone()
     least = max(table.min_rows, math.ceil(round(before * (1 - table.max_shrink), 6)))
     after = run.rows[table.name]
     if after < least and table.mode == "replace" and not run.allow_shrink:
@@ -2088,6 +2092,7 @@ def refuse_shrinking(run: Run, table: Table, before: int) -> None:
             f"expected (min_rows {table.min_rows}, max_shrink {table.max_shrink}); "
             "if that is right, run once with --allow-shrink"
         )
+    return int(before)
 
 
 # --- notify -------------------------------------------------------------------------------------
@@ -2104,58 +2109,52 @@ def channels(alerts: Alerts, event: str) -> dict[str, str]:
     return {name: target for name, target in found.items() if target}
 
 
-def tell(alerts: Alerts, event: str, what: str, lines: list[str]) -> None:
-    """Tells all who hear of the event, which never changes how the run ended."""
-    ended = "succeeded" if event == "success" else "failed"
+def tell(alerts: Alerts, event: str, what: str, lines: Sequence[str] = ()) -> dict[str, str]:
+    """Tells all who hear of the event, which never changes how the run ended.
+
+    Logs and returns what failed, by channel; "" where nothing did.
+    """
+    ended = {"success": "succeeded", "failure": "failed"}.get(event, "runs")
     subject = f"{context['pipeline']} {ended} on {socket.gethostname()}"
     subject += f": {context['step']}" * (event == "failure")
     context["step"] = "alerts"
     text = "\n".join([f"{subject}: {what}", *lines])
-    for channel, failure in send(channels(alerts, event), event, subject, text).items():
-        if failure:
-            log.warning("%s: %s", channel, failure)
-
-
-def send(to: dict[str, str], event: str, subject: str, text: str) -> dict[str, str]:
-    """Sends a message; returns for each channel what failed, or ""."""
-    senders = {"slack": send_slack, "sns": send_sns, "heartbeat": send_heartbeat}
     message = event, escaped(masked(subject)), escaped(masked(text))
-    calls = {name: partial(senders[name], target, *message) for name, target in to.items()}
-    errors = in_time(calls, ALERT_SECONDS / 2)
-    return {name: masked(error_text(error)) if error else "" for name, error in errors.items()}
+    senders = {"slack": send_slack, "sns": send_sns, "heartbeat": send_heartbeat}
+    to = channels(alerts, event).items()
+    failures = in_time({name: partial(senders[name], target, *message) for name, target in to})
+    for name, failure in failures.items():
+        if failure:
+            log.warning("%s: %s", name, failure)
+    return failures
 
 
-def in_time(calls: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, Any]:
-    """Calls all at once; gives what each returns or raises, and leaves alone what takes longer."""
-    give_up = time.monotonic() + seconds
+def in_time(calls: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
+    """Calls all at once; gives what each returns, or a text with what failed or took too long."""
+    give_up, results = time.monotonic() + ALERT_SECONDS, dict[str, Any]()
     threads = ThreadPool(len(calls) or 1)  # which does not keep the program from ending
     pending = {name: threads.apply_async(call) for name, call in calls.items()}
     threads.close()
-    results = {}
     for name, result in pending.items():
         try:
             results[name] = result.get(max(0, give_up - time.monotonic()))
         except multiprocessing.TimeoutError:
-            results[name] = PipelineError(f"no answer within {seconds} seconds")
+            results[name] = f"no answer within {ALERT_SECONDS} seconds"
         except Exception as error:
-            results[name] = error
+            results[name] = masked(error_text(error))
     return results
 
 
 def send_slack(secret: str, event: str, _subject: str, text: str) -> None:
-    """Posts a message to the incoming webhook whose URL is the secret, or its URL as JSON."""
-    url = read_secret(secret)
-    with contextlib.suppress(ValueError, AttributeError):
-        url = {name.lower(): str(value) for name, value in json.loads(url).items()}.get("url", "")
-    if not re.match("https?://", url):
+    """Posts a message to the incoming webhook whose URL is in the secret, as such or in JSON."""
+    found = re.search(r'https?://[^\s"]*', read_secret(secret))
+    if not found:
         raise PipelineError(f"the secret {secret} holds no URL")
+    url = found[0]
     hide(url, urlsplit(url).path)
     icon = {"success": "✅ ", "failure": "❌ "}.get(event, "")
-    first, _, others = text.partition("\n")
-    shown = [html.escape(part, quote=False)[:2900] for part in (icon + first, others) if part]
-    texts = [re.sub(r"&\w*$", "…", part) for part in shown]  # not half a character
-    blocks = [{"type": "section", "text": {"type": "mrkdwn", "text": part}} for part in texts]
-    message = {"text": texts[0], "blocks": blocks}
+    text = html.escape(icon + text, quote=False)[:39_000]  # of 40,000 that Slack takes
+    message = {"text": re.sub(r"&\w*$", "…", text)}  # not half a character
     with http_session({}) as session:
         session.post(url, json=message, timeout=ALERT_SECONDS).raise_for_status()
 
@@ -2171,50 +2170,47 @@ def send_sns(topic: str, _event: str, subject: str, text: str) -> None:
 
 def send_heartbeat(url: str, _event: str, _subject: str, _text: str) -> None:
     """Tells a dead man's switch that all is well."""
+    hide(url, urlsplit(url).path)
     with http_session({}) as session:
         session.get(url, timeout=ALERT_SECONDS).raise_for_status()
 
 
 def tables_now(config: Config) -> list[str]:
     """A line for each table: how many rows are in it, and which run loaded the last of them."""
-    lines = in_time({"tables": partial(look_at_tables, config)}, ALERT_SECONDS / 2)["tables"]
-    return lines if isinstance(lines, list) else [f"tables: not known, {error_text(lines)}"]
+    now = in_time({"tables": partial(look_at_tables, config)})["tables"]
+    return now if isinstance(now, list) else [f"tables: not known, {now}"]
 
 
 def look_at_tables(config: Config) -> list[str]:
     """Asks Redshift, once, for the lines of ``tables_now``."""
     lines = []
-    redshift = replace(config.redshift, connect_seconds=0)
-    with session(redshift) as (_, cursor):
+    with session(replace(config.redshift, connect_seconds=0)) as cursor:
         for table in config.tables:
-            sql = f'SELECT count(*), max("_run_id") FROM {quoted(table.name)}'
-            try:
-                rows, run_id = execute(cursor, sql).fetchone()
-                lines.append(f"{table.name}: {rows} rows, unchanged since run {run_id}")
-            except PipelineError as error:
-                absent = error.code == NO_SUCH_TABLE
-                lines.append(f"{table.name}: {'does not exist' if absent else error}")
+            now = "does not exist"
+            if exists(cursor, table):
+                sql = f'SELECT count(*), max("_run_id") FROM {quoted(table.name)}'
+                now = "{} rows, unchanged since run {}".format(*execute(cursor, sql).fetchone())
+            lines.append(f"{table.name}: {now}")
     return lines
 
 
 # --- run ----------------------------------------------------------------------------------------
 
 
-def run_pipeline(config: Config, dry_run: bool = False, allow_shrink: bool = False) -> int:
+def run_pipeline(config: Config, dry_run: bool, allow_shrink: bool) -> int:
     """Runs the pipeline once, tells people how it went, and returns the exit status."""
-    run = Run(config, allow_shrink)
+    run, alerts = Run(config, allow_shrink), Alerts() if dry_run else config.alerts
     context.update(run_id=run.id, step="run")
-    alerts = Alerts() if dry_run else config.alerts
-    event, status, lines = "success", 0, [f"run: {run.id}"]
     try:
-        what = run_steps(run, dry_run)
-        lines += [f"took: {run.seconds:.1f} s", *(record.getMessage() for record in warned.buffer)]
+        what, event, status = run_steps(run, dry_run), "success", 0
+        lines = [record.getMessage() for record in warned.buffer]
     except (Exception, Stopped) as error:
         event, status = "failure", getattr(error, "status", 1)
         what = log_failure(error, duration=round(run.seconds * 1e9))
-        staged = f"staged, not loaded: {rows_text(run, {}) or 'none'}"
-        lines += [f"took: {run.seconds:.1f} s", staged]
-        lines += tables_now(config) if channels(alerts, event) else []
+        lines = [f"staged, not loaded: {rows_text(run.rows, {}) or 'none'}"]
+    lines = [f"run: {run.id}", f"took: {run.seconds:.1f} s", *lines]
+    if event == "failure" and channels(alerts, event):
+        lines += tables_now(config)
     tell(alerts, event, what, lines)
     return status
 
@@ -2253,18 +2249,16 @@ def run_steps(run: Run, dry_run: bool) -> str:
         if dry_run:
             print_dry_run(run, stager.parts)
             at_end.pop_all()  # the files stay
-            return rows_text(run, {})
+            return rows_text(run.rows, {})
         with step("stage", stager.figures):
             lineage = stager.finish()
         with step("load") as figures:
-            changes = load(run, s3.meta.region_name, lineage)
-            figures["tables"] = len(changes)
+            rows, difference = load(run, s3.meta.region_name, lineage)
+            figures["tables"] = len(rows)
         context["step"] = "run"
-        rows = dict(run.rows) | {name: after for name, (_, after) in changes.items()}
-        difference = {name: after - before for name, (before, after) in changes.items()}
+        done = rows_text(rows, difference)
         figures = {"outcome": "success", "rows": rows, "difference": difference}
         figures["duration"] = round(run.seconds * 1e9)
-        done = rows_text(run, changes)
         log.info("done: %s, %.1f s", done, run.seconds, extra={"figures": figures})
         return done
 
@@ -2285,22 +2279,19 @@ def stage_rows(body: Path, stager: Stager) -> None:
     warn_of_drift(tables, names)
 
 
-def rows_text(run: Run, changes: Changes) -> str:
-    """The rows of each table: those staged, or where it is known those there, with the change."""
-    texts = {name: f"{name} {staged} rows" for name, staged in run.rows.items()}
-    for name, (before, after) in changes.items():
-        texts[name] = f"{name} {after} rows ({after - before:+})"
-    return ", ".join(texts.values())
+def rows_text(rows: Mapping[str, int], difference: Mapping[str, int]) -> str:
+    """The rows of each table, with the difference where it is known."""
+    changes = {name: f" ({change:+})" for name, change in difference.items()}
+    return ", ".join(f"{name} {count} rows{changes.get(name, '')}" for name, count in rows.items())
 
 
 def print_dry_run(run: Run, parts: dict[str, list[Path]]) -> None:
     """Prints the files, the first rows and the SQL of a run that goes no further."""
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "<region>"
     for table in run.config.tables:
-        files = parts[table.name]
-        print_lines(f"\n-- {table.name}: {run.rows[table.name]} rows in")
-        print_lines(*(f"--   {file}" for file in files))
-        first = pd.read_csv(files[0], nrows=3, dtype=str, keep_default_na=False)
+        files = "".join(f"\n--   {file}" for file in parts[table.name])
+        print_lines(f"\n-- {table.name}: {run.rows[table.name]} rows in{files}")
+        first = pd.read_csv(parts[table.name][0], nrows=3, dtype=str, keep_default_na=False)
         if run.rows[table.name]:
             print_lines(first.replace(run.null, "NULL").T.to_string(header=False, max_colwidth=36))
         sqls = [create_sql(table), create_staging_sql(table), copy_sql(run, table, region)]
@@ -2328,6 +2319,83 @@ def stoppable() -> Iterator[None]:
         on_signals(signal.SIG_IGN)
 
 
+# --- check --------------------------------------------------------------------------------------
+
+
+def check(config: Config) -> int:
+    """Tries, in the order of a run, all that one needs, and returns the exit status.
+
+    Prints a line for each. After a failure it goes on with what can be tried all the same.
+    """
+    run, failed = Run(config, token="check"), set[str]()
+    frames = [to_frame(table, Columns(list)) for table in config.tables]
+    print_lines(f"configuration: ok, tables {len(frames)}")
+    temporary = tempfile.TemporaryDirectory(prefix="sequra-", ignore_cleanup_errors=True)
+    with temporary as folder, stoppable():
+        with attempt("aws", failed) as details, aws_errors("ask", "AWS who this is"):
+            details.append(aws_client("sts").get_caller_identity()["Arn"])
+            details.append(f"region {aws_client('s3').meta.region_name}")
+        with attempt("redshift", failed) as details, session(config.redshift) as cursor:
+            details += execute(cursor, "SELECT current_user, current_database()").fetchone()
+        if "redshift" not in failed:
+            with attempt("rights", failed), session(config.redshift) as cursor:
+                check_rights(cursor, run)
+        with attempt("source", failed), step("source") as figures:
+            first_page = replace(config, source=replace(config.source, next=""))
+            body = extract(first_page, Path(folder), figures)
+            frames = next(read_frames(body, config.tables, FieldNames(set)))
+        with attempt("bucket", failed):
+            s3 = bucket_client(config.staging.bucket)
+            stager = Stager(run, Path(folder), s3)
+            for table, frame in zip(config.tables, frames, strict=True):
+                stager.write(table, frame)
+            stager.end_parts()
+            stager.stage_manifests()
+        if not failed & {"redshift", "bucket"}:
+            with attempt("copy", failed) as details, session(config.redshift) as cursor:
+                for table in config.tables:
+                    copy(cursor, run, table, s3.meta.region_name)
+                details.append(rows_text(run.rows, {}))
+        if "redshift" not in failed:
+            with attempt("tables", failed) as details, session(config.redshift) as cursor:
+                for sql in planned_changes(cursor, config):
+                    details.append(f"a run would {sql.partition(' (')[0]}")
+    return int(bool(failed))
+
+
+@contextlib.contextmanager
+def attempt(name: str, failed: set[str]) -> Iterator[list[str]]:
+    """Prints whether a part of the check is ok, with details, or else what is wrong."""
+    context["step"], details = name, ["ok"]
+    try:
+        yield details
+    except (PipelineError, OSError, botocore.exceptions.BotoCoreError) as error:
+        failed.add(name)
+        details = [f"failed: {' '.join(str(error).split())}"]
+    print_lines(masked(f"{name}: {', '.join(details)}"))
+
+
+def check_rights(cursor: Any, run: Run) -> None:
+    """Raises PipelineError where the database user lacks a right, or gets no lock in time."""
+    execute(cursor, create_staging_sql(run.config.tables[0]))
+    lacking = list[str]()
+    for table in (*run.config.tables, audit_table(run.config)):
+        existing = existing_columns(cursor, table)
+        kind, name, rights = "TABLE", table.name, ["SELECT", "INSERT", "DELETE"]
+        if not existing:
+            kind, name, rights = "SCHEMA", table.name.partition(".")[0], ["CREATE"]
+        for right in rights:
+            sql = f"SELECT has_{kind}_privilege({literal(name)}, {literal(right)})"
+            if not execute(cursor, sql).fetchone()[0]:
+                lacking.append(f"{right} ON {kind} {name}")
+    if lacking:
+        what = ", ".join(dict.fromkeys(lacking))
+        raise PipelineError(f"the user lacks {what}: the owner or a superuser has to GRANT it")
+    if existing:  # of the audit table, the last
+        execute(cursor, "SET statement_timeout TO 10000")
+        is_loaded(cursor, run)
+
+
 # --- main ---------------------------------------------------------------------------------------
 
 
@@ -2345,14 +2413,14 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = load_config(options.config, options.source)
         import_packages()
-        heartbeat = urlsplit(config.alerts.heartbeat_url or "")
-        hide(heartbeat.query, heartbeat.path)
+        if options.check:
+            return check(config)
         if options.test_alerts:
             return test_alerts(config)
         return run_pipeline(config, options.dry_run, options.allow_shrink)
     except (Exception, Stopped) as error:
         reason = log_failure(error)
-        is_tried_out = options.dry_run or options.test_alerts
+        is_tried_out = options.dry_run or options.check or options.test_alerts
         if isinstance(error, ConfigError) and error.alerts and not is_tried_out:
             import_packages()
             tell(error.alerts, "failure", reason, [])
@@ -2366,6 +2434,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     option("--config", type=Path, default=DEFAULT_CONFIG, help="default: conf/pipeline.yaml")
     option("--source", help="URL (https, http, s3) or path to read instead of source.url")
     option("--dry-run", action="store_true", help="stop before S3; print first rows and SQL")
+    option("--check", action="store_true", help="try all that a run needs, without loading")
     option("--allow-shrink", action="store_true", help="replace rows by far fewer, this once")
     option("--verbose", action="store_true", help="log the SQL, with its times")
     option("--log-format", default=os.environ.get("LOG_FORMAT") or "text", help="text or json")
@@ -2378,13 +2447,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 def test_alerts(config: Config) -> int:
     """Sends a test message to every channel, prints how that went, and returns the exit status."""
-    what = f"{config.name} on {socket.gethostname()}: a test of its alerts"
-    results = send(channels(config.alerts, "test"), "test", what, what)
-    for channel, failure in results.items():
-        print(f"{channel}: failed: {failure}" if failure else f"{channel}: sent")
-    if not results:
+    failures = tell(config.alerts, "test", "a test of its alerts")
+    for channel, failure in failures.items():
+        print_lines(f"{channel}: failed: {failure}" if failure else f"{channel}: sent")
+    if not failures:
         log.error("the configuration names no alerts")
-    return int(not results or any(results.values()))
+    return int(not failures or any(failures.values()))
 
 
 if __name__ == "__main__":

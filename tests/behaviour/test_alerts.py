@@ -94,18 +94,14 @@ def check_message(sandbox: Sandbox, first: str, heartbeat: bool = False) -> list
 def check_slack(chat: dict[str, Any], message: str) -> None:
     """Slack would take this, and show the message as it is."""
     escaped = [html.escape(line, quote=False) for line in message.splitlines()]
-    assert {block["type"] for block in chat["blocks"]} == {"section"}
-    texts = [block["text"]["text"] for block in chat["blocks"]]
-    assert max(map(len, texts)) <= 3000
-    assert len(texts) <= 50
+    assert chat.keys() == {"text"}
+    assert len(chat["text"]) <= 40_000
     icon, _, text = chat["text"].partition(" ")
     assert icon == ("✅" if " succeeded on " in escaped[0] else "❌")
-    assert "\n".join(escaped).startswith(text)
-    assert text.startswith(escaped[0][:1000])
-    if len(message) < 2000:
-        assert [line for line in escaped if line not in "\n".join(texts)] == []
+    assert len(chat["text"]) > 38_900 or text == "\n".join(escaped)
+    assert "\n".join(escaped).startswith(text.removesuffix("…"))
     # "<" begins a link or a mention, "&" an entity.
-    assert re.search(r"[<>]|&(?!amp;|lt;|gt;)", "\n".join([chat["text"], *texts])) is None
+    assert re.search(r"[<>]|&(?!amp;|lt;|gt;)", text) is None
 
 
 # --- what a failure says -------------------------------------------------------------------------
