@@ -119,7 +119,7 @@ class Stopped(BaseException):
         self.status = 128 + number
 
 
-EXPECTED = (PipelineError, OSError, Stopped)  # their messages say all, without a traceback
+EXPECTED = (PipelineError, OSError, MemoryError, Stopped)  # which need no traceback
 
 
 def import_packages() -> None:
@@ -279,7 +279,6 @@ class Table:
 class Config:
     """What conf/pipeline.yaml says, checked."""
 
-    name: str = ""  # of the file: pipeline
     source: Source
     staging: Staging
     redshift: Redshift
@@ -326,8 +325,7 @@ def load_config(path: Path, url: str | None = None) -> Config:
         if not any(fault.startswith("alerts") for fault in faults):
             wrong.alerts = config.alerts
         raise wrong
-    role = config.redshift.copy_role or os.environ.get("AWS_ROLE_ARN") or None
-    return replace(config, name=path.stem, redshift=replace(config.redshift, copy_role=role))
+    return config
 
 
 def read_section(kind: Any, given: Any, at: str, faults: list[str]) -> Any:
@@ -408,11 +406,8 @@ def is_null(given: Any) -> bool:
 
 def shown(given: Any, at: str) -> str:
     """What the file has there, but for what may be a secret or part of one."""
-    return (
-        "what is there"
-        if at.startswith(("alerts", "source.headers", "source.body"))
-        else repr(given)
-    )
+    is_secret = at.startswith(("alerts", "source.headers", "source.body"))
+    return "what is there" if is_secret else repr(given)
 
 
 def parse_column(path: str, text: str) -> Column:
@@ -622,10 +617,9 @@ def shorten(value: Any, length: int = 80) -> str:
 
 
 @contextlib.contextmanager
-def step(name: str, figures: Figures | None = None) -> Iterator[dict[str, Any]]:
+def step(name: str, figures: Figures) -> Iterator[Figures]:
     """Logs the figures that a step puts into the dict, every few seconds and when it is done."""
     context["step"] = name
-    figures = {} if figures is None else figures
     began, done = time.perf_counter_ns(), threading.Event()
 
     def log_figures(prefix: str) -> None:
@@ -641,12 +635,6 @@ def step(name: str, figures: Figures | None = None) -> Iterator[dict[str, Any]]:
     threading.Thread(target=log_progress, daemon=True).start()
     try:
         yield figures
-    except (OSError, botocore.exceptions.BotoCoreError) as error:
-        is_full = getattr(error, "errno", None) == errno.ENOSPC
-        where = f" in {tempfile.gettempdir()}" if is_full else ""
-        raise PipelineError(f"{error}{where}") from None
-    except MemoryError:
-        raise PipelineError("not enough memory: a record takes several times its size") from None
     finally:
         done.set()
     log_figures("")
@@ -709,8 +697,8 @@ def extract(config: Config, folder: Path, figures: Figures) -> Path:
     else:
         target = Path(source.url).expanduser()
         if not target.is_file():
-            what = "is not a file, nor a URL of http, https or s3"
-            raise PipelineError(f"the source {masked(source.url)} {what}")
+            what = masked(source.url)
+            raise PipelineError(f"the source {what} is not a file, nor a URL of http, https or s3")
     if is_one_object(target) and not re.search(r"\.ndjson(\.gz)?$", source.url):
         answer = read_answer(target, "the source")
         is_record = any(dig(answer, path) is not None for path in key_paths(config))
@@ -897,20 +885,18 @@ def write_pages(pages: Iterable[list[Any]], config: Config, folder: Path, figure
     there. Within one page it stays twice, for the check of the keys.
     """
     key = key_paths(config) or [()]
-    last_page: dict[str, int] = {}  # of the record with a key
-    lines: list[tuple[str, int]] = []  # key and page of each
+    last_page: dict[str, str] = {}  # of the record with a key
     figures |= {"pages": 0, "records": 0}
     with (folder / "pages").open("w") as file:
         for page, records in enumerate(pages, 1):
             for record in records:
                 of_record = dump_exactly([dig(record, path) for path in key])
-                last_page[of_record] = page
-                lines.append((of_record, page))
-                file.write(dump_exactly(record) + "\n")
+                last_page[of_record] = str(page)
+                file.write(f"{page}\t{of_record}\t{dump_exactly(record)}\n")  # JSON has no tab
             figures |= {"pages": page, "records": len(last_page)}
     with (folder / "pages").open() as written, (folder / "response.ndjson").open("w") as file:
-        for line, (of_record, page) in zip(written, lines, strict=True):
-            file.write(line if last_page[of_record] == page else "")
+        for number, of_record, record in (line.split("\t") for line in written):
+            file.write(record if last_page[of_record] == number else "")
     return folder / "response.ndjson"
 
 
@@ -940,11 +926,11 @@ def read_pages(session: Any, source: Source, file: Path, figures: Figures) -> It
             raise PipelineError(f"{page} has errors: {shorten(answer['errors'], 200)}")
         records = records_of(answer, source, str(request))
         if source.step and records and records == before:
-            what = f"{source.next_param} (source.next_param) is ignored"
-            raise PipelineError(f"{page} has the records of the page before: {what}")
+            raise PipelineError(f"{page} repeats the one before, as if without source.next_param")
         if records and seen and len(before) < source.step > 1:
-            cap = f"the server gives fewer than {source.next} (source.next) at a time"
-            raise PipelineError(f"{page} comes after one of {len(before)} records: {cap}")
+            raise PipelineError(
+                f"{page} follows {len(before)} records, fewer than source.next adds"
+            )
         yield records
         seen.add(request)
         request, before = next_request(source, request, answer, records, link), records
@@ -1003,8 +989,8 @@ def next_field(source: Source, answer: Any) -> Any:
         if answer is not None and (not isinstance(answer, dict) or name not in answer):
             if is_optional:
                 return None
-            what = f"no {source.next} (source.next); if the last page leaves it out, write"
-            raise PipelineError(f"the answer has {what} {source.next}?")
+            advice = f"if only the last page has none, write {source.next}?"
+            raise PipelineError(f"the answer has no {source.next} (source.next); {advice}")
         answer = answer and answer[name]
     return answer
 
@@ -1611,8 +1597,8 @@ def aws_client(service: str, region: str | None = None) -> Any:
 
 def bucket_client(bucket: str) -> Any:
     """A client in the region of the bucket, where S3 tells it."""
-    s3 = aws_client("s3")
     with aws_errors("find", f"the bucket {bucket}"):
+        s3 = aws_client("s3")
         try:
             answer = s3.head_bucket(Bucket=bucket)
         except botocore.exceptions.ClientError as error:
@@ -1721,7 +1707,7 @@ def definition_sql(table: Table, columns: tuple[Column, ...]) -> str:
 
 def copy_sql(run: Run, table: Table, region: str) -> str:
     """COPY of the files that the run has staged, and no others."""
-    role = run.config.redshift.copy_role
+    role = run.config.redshift.copy_role or os.environ.get("AWS_ROLE_ARN")
     return f"""COPY {quoted(table.staging)} ({quoted(*table.names)})
 FROM {literal(run.url(table.name, "manifest.json"))}
 IAM_ROLE {literal(role) if role else "default"}
@@ -2218,6 +2204,10 @@ def run_pipeline(config: Config, dry_run: bool, allow_shrink: bool) -> int:
 def log_failure(error: BaseException, **figures: Any) -> str:
     """Logs the error that ended the run, and returns it as alerts show it."""
     reason = str(error) if isinstance(error, EXPECTED) else f"{type(error).__name__}: {error}"
+    if isinstance(error, MemoryError):
+        reason = "not enough memory: a record takes several times its size"
+    if getattr(error, "errno", None) == errno.ENOSPC:
+        reason += f" in {tempfile.gettempdir()}"
     log.error("%s", reason, exc_info=error, extra={"figures": {"outcome": "failure"} | figures})
     return reason
 
@@ -2238,7 +2228,7 @@ def run_steps(run: Run, dry_run: bool) -> str:
             context["step"] = "connect"
             check_login(config.redshift)
         s3: Any = None if dry_run else bucket_client(config.staging.bucket)
-        with step("extract") as figures:
+        with step("extract", {}) as figures:
             body = extract(config, folder, figures)
             figures["bytes"] = body.stat().st_size
         stager = Stager(run, folder, s3)
@@ -2252,7 +2242,7 @@ def run_steps(run: Run, dry_run: bool) -> str:
             return rows_text(run.rows, {})
         with step("stage", stager.figures):
             lineage = stager.finish()
-        with step("load") as figures:
+        with step("load", {}) as figures:
             rows, difference = load(run, s3.meta.region_name, lineage)
             figures["tables"] = len(rows)
         context["step"] = "run"
@@ -2340,7 +2330,7 @@ def check(config: Config) -> int:
         if "redshift" not in failed:
             with attempt("rights", failed), session(config.redshift) as cursor:
                 check_rights(cursor, run)
-        with attempt("source", failed), step("source") as figures:
+        with attempt("source", failed), step("source", {}) as figures:
             first_page = replace(config, source=replace(config.source, next=""))
             body = extract(first_page, Path(folder), figures)
             frames = next(read_frames(body, config.tables, FieldNames(set)))
@@ -2369,7 +2359,7 @@ def attempt(name: str, failed: set[str]) -> Iterator[list[str]]:
     context["step"], details = name, ["ok"]
     try:
         yield details
-    except (PipelineError, OSError, botocore.exceptions.BotoCoreError) as error:
+    except (PipelineError, OSError) as error:
         failed.add(name)
         details = [f"failed: {' '.join(str(error).split())}"]
     print_lines(masked(f"{name}: {', '.join(details)}"))

@@ -266,12 +266,12 @@ REFUSED: dict[str, tuple[dict[str, Any], list[Answer], str]] = {
     "an offset beyond a cap": (
         {"records": "items", "next": "+3", "next_param": "offset"},
         [serving(offsets(2))] * 9,
-        r"page 2.*of 2 records.*\+3",
+        r"page 2.*follows 2 records",
     ),
     "a page that is ignored": (
         {"records": "items", "next": "+1", "next_param": "pge"},
         [serving(numbered(1))] * 9,
-        "page 2.*pge.*source.next_param",
+        "page 2.*source.next_param",
     ),
     "a cursor that is ignored": (
         {"records": "r", "next": "next", "next_param": "cursr"},

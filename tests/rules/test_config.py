@@ -13,7 +13,6 @@ import yaml
 
 from helpers import (
     REMOVED,
-    ROLE,
     SECTIONS,
     Config,
     ConfigError,
@@ -49,11 +48,6 @@ TABLES: dict[str, Any] = {
 }
 VALID = SECTIONS | {"tables": TABLES}
 COLUMNS_AT = "tables / public.launches / columns"
-
-
-@pytest.fixture(autouse=True)
-def no_role(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("AWS_ROLE_ARN", raising=False)
 
 
 def read(content: Any) -> Config:
@@ -276,24 +270,6 @@ tables:
     assert (config.staging.kms_key, config.staging.part_mb) == (None, 64)
     assert (config.alerts.on, config.alerts.slack_webhook_secret) == (("failure",), None)
     assert (config.tables[0].rows, config.tables[0].sort_key) == ("", ())
-
-
-@pytest.mark.parametrize(
-    ("configured", "variable", "used"),
-    [
-        (None, None, None),
-        (None, "", None),
-        (None, ROLE, ROLE),
-        (f"{ROLE}2", ROLE, f"{ROLE}2"),
-        (f"{ROLE},{ROLE}2", None, f"{ROLE},{ROLE}2"),
-    ],
-)
-def test_the_copy_role(
-    monkeypatch: pytest.MonkeyPatch, configured: Any, variable: str | None, used: str | None
-) -> None:
-    if variable is not None:
-        monkeypatch.setenv("AWS_ROLE_ARN", variable)
-    assert read(changed(VALID, {"redshift / copy_role": configured})).redshift.copy_role == used
 
 
 def test_the_shipped_configuration_loads_every_field_of_the_sample(

@@ -86,9 +86,17 @@ def test_create() -> None:
     assert create_sql(cores) == f'{create}"spacex"."cores" {CORES.format(meta=META)}'
 
 
-@pytest.mark.parametrize("role", [None, ROLE, f"{ROLE},{ROLE}2"])
-def test_copy(role: str | None) -> None:
-    create, copy = copy_sql(config(role), config().tables[0])
+@pytest.mark.parametrize(
+    ("configured", "variable", "role"),
+    [(None, None, None), (None, "", None), (None, ROLE, ROLE), (f"{ROLE},{ROLE}2", ROLE, "both")],
+)
+def test_copy(
+    monkeypatch: pytest.MonkeyPatch, configured: str | None, variable: str | None, role: str | None
+) -> None:
+    if variable is not None:
+        monkeypatch.setenv("AWS_ROLE_ARN", variable)
+    role = configured or role
+    create, copy = copy_sql(config(configured), config().tables[0])
     assert create == f'CREATE TEMP TABLE "staging_1" {LAUNCHES.format(meta="")}'
     assert copy == COPY.format(f"'{role}'" if role else "default")
 
