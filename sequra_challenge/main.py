@@ -271,7 +271,6 @@ class Table:
 class Config:
     """What conf/pipeline.yaml says, checked."""
 
-    name: str  # of the file: pipeline
     source: Source
     staging: Staging
     redshift: Redshift
@@ -314,7 +313,6 @@ def load_config(path: Path, url: str | None = None) -> Config:
     names = "source", "staging", "redshift", "alerts", "tables"
     sections = read_mapping(document, "", faults, names)
     config = Config(
-        name=path.stem,
         source=read_section(Source, sections.get("source"), "source", faults),
         staging=read_section(Staging, sections.get("staging"), "staging", faults),
         redshift=read_section(Redshift, sections.get("redshift"), "redshift", faults),
@@ -2062,12 +2060,10 @@ def rows_before(cursor: Any, run: Run, table: Table) -> int:
 
 def channels(alerts: Alerts, event: str) -> dict[str, str]:
     """The channels that hear of an event (failure, success or test), and where each sends."""
-    hears = event in (*alerts.on, "test")
-    found = {
-        "slack": alerts.slack_webhook_secret if hears else None,
-        "sns": alerts.sns_topic if hears else None,
-        "heartbeat": alerts.heartbeat_url if event != "failure" else None,
-    }
+    people = {"slack": alerts.slack_webhook_secret, "sns": alerts.sns_topic}
+    found = people if event in (*alerts.on, "test") else {}
+    if event != "failure":
+        found = found | {"heartbeat": alerts.heartbeat_url}
     return {name: target for name, target in found.items() if target}
 
 
@@ -2132,7 +2128,7 @@ def send_sns(topic: str, _event: str, subject: str, text: str) -> None:
 
 def send_heartbeat(url: str, _event: str, _subject: str, _text: str) -> None:
     """Tells a dead man's switch that all is well."""
-    hide(url, urlsplit(url).path)
+    hide(url, urlsplit(url).path, urlsplit(url).query)
     with http_session({}) as session:
         session.get(url, timeout=ALERT_SECONDS).raise_for_status()
 
