@@ -2005,16 +2005,13 @@ def swap(cursor: Any, run: Run, lineage: dict[str, str]) -> Loaded:
     rows = {table.name: rows_before(cursor, run, table) for table in run.config.tables}
     difference = dict[str, int]()
     for table in run.config.tables:
-        before, loaded = rows[table.name], run.rows[table.name]
-        deleted = execute(cursor, delete_sql(table)).rowcount
+        deleted, loaded = execute(cursor, delete_sql(table)).rowcount, run.rows[table.name]
         execute(cursor, insert_sql(run, table))
-        difference[table.name] = loaded - deleted
-        rows[table.name] += loaded - deleted
         row = lineage | {
             "table_name": table.name,
             "mode": table.mode,
             "manifest": run.url(table.name, "manifest.json"),
-            "rows_before": before,
+            "rows_before": rows[table.name],
             "rows_loaded": loaded,
             "started_at": run.started.replace(microsecond=0),  # as whole as GETDATE()
             "_run_id": run.id,
@@ -2022,6 +2019,8 @@ def swap(cursor: Any, run: Run, lineage: dict[str, str]) -> Loaded:
         audit, places = quoted(run.config.redshift.audit_table), ", ".join(["%s"] * len(row))
         sql = f'INSERT INTO {audit} ({quoted(*row)}, "_loaded_at") VALUES ({places}, GETDATE())'
         execute(cursor, sql, *row.values())
+        difference[table.name] = loaded - deleted
+        rows[table.name] += loaded - deleted
     if Stopped.by_signal:
         raise Stopped.by_signal
     execute(cursor, "COMMIT")
