@@ -1681,28 +1681,18 @@ def literal(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
-def create_sql(table: Table) -> str:
-    """CREATE TABLE for a target that does not exist yet."""
-    definition = definition_sql(table, (*table.columns, *META_COLUMNS))
-    return f"CREATE TABLE IF NOT EXISTS {quoted(table.name)} {definition}"
+def create_sql(table: Table, temporary: bool = False) -> str:
+    """CREATE of a target that does not exist yet, or of the temporary table that COPY fills.
 
-
-def create_staging_sql(table: Table) -> str:
-    """CREATE of the temporary table that COPY fills; it vanishes with the session.
-
-    Not LIKE the target, which may have columns that COPY is not given and that take no NULL.
+    The latter vanishes with the session. It is not made LIKE the target, which may have columns
+    that COPY is not given and that take no NULL.
     """
-    return f"CREATE TEMP TABLE {quoted(table.staging)} {definition_sql(table, table.columns)}"
-
-
-def definition_sql(table: Table, columns: tuple[Column, ...]) -> str:
-    """Columns, and the keys by which Redshift distributes and sorts the rows."""
-    sql = "(\n  " + ",\n  ".join(column.sql for column in columns) + "\n)"
-    if table.dist_key:
-        sql += f"\nDISTKEY ({quoted(table.dist_key)})"
-    if table.sort_key:
-        sql += f"\nCOMPOUND SORTKEY ({quoted(*table.sort_key)})"
-    return sql
+    what, name = ("TEMP TABLE", table.staging) if temporary else ("TABLE IF NOT EXISTS", table.name)
+    columns = table.columns if temporary else (*table.columns, *META_COLUMNS)
+    definitions = ",\n  ".join(column.sql for column in columns)
+    dist = f"\nDISTKEY ({quoted(table.dist_key)})" if table.dist_key else ""
+    sort = f"\nCOMPOUND SORTKEY ({quoted(*table.sort_key)})" if table.sort_key else ""
+    return f"CREATE {what} {quoted(name)} (\n  {definitions}\n){dist}{sort}"
 
 
 def copy_sql(run: Run, table: Table, region: str) -> str:
@@ -1979,7 +1969,7 @@ def exists(cursor: Any, table: Table) -> bool:
 
 def copy(cursor: Any, run: Run, table: Table, region: str) -> None:
     """Copies a table's files into its staging table; checks the number of rows and the keys."""
-    execute(cursor, create_staging_sql(table))
+    execute(cursor, create_sql(table, temporary=True))
     try:
         execute(cursor, copy_sql(run, table, region))
     except TransientError:
@@ -2041,16 +2031,13 @@ def swap(cursor: Any, run: Run, lineage: dict[str, str]) -> Loaded:
     rows = {table.name: rows_before(cursor, run, table) for table in run.config.tables}
     difference = dict[str, int]()
     for table in run.config.tables:
-        before, loaded = rows[table.name], run.rows[table.name]
-        deleted = execute(cursor, delete_sql(table)).rowcount
+        deleted, loaded = execute(cursor, delete_sql(table)).rowcount, run.rows[table.name]
         execute(cursor, insert_sql(run, table))
-        difference[table.name] = loaded - deleted
-        rows[table.name] += loaded - deleted
         row = lineage | {
             "table_name": table.name,
             "mode": table.mode,
             "manifest": run.url(table.name, "manifest.json"),
-            "rows_before": before,
+            "rows_before": rows[table.name],
             "rows_loaded": loaded,
             "started_at": run.started.replace(microsecond=0),  # as whole as GETDATE()
             "_run_id": run.id,
@@ -2058,6 +2045,8 @@ def swap(cursor: Any, run: Run, lineage: dict[str, str]) -> Loaded:
         audit, places = quoted(run.config.redshift.audit_table), ", ".join(["%s"] * len(row))
         sql = f'INSERT INTO {audit} ({quoted(*row)}, "_loaded_at") VALUES ({places}, GETDATE())'
         execute(cursor, sql, *row.values())
+        difference[table.name] = loaded - deleted
+        rows[table.name] += loaded - deleted
     if Stopped.by_signal:
         raise Stopped.by_signal
     execute(cursor, "COMMIT")
@@ -2086,12 +2075,10 @@ def rows_before(cursor: Any, run: Run, table: Table) -> int:
 
 def channels(alerts: Alerts, event: str) -> dict[str, str]:
     """The channels that hear of an event (failure, success or test), and where each sends."""
-    hears = event in (*alerts.on, "test")
-    found = {
-        "slack": alerts.slack_webhook_secret if hears else None,
-        "sns": alerts.sns_topic if hears else None,
-        "heartbeat": alerts.heartbeat_url if event != "failure" else None,
-    }
+    people = {"slack": alerts.slack_webhook_secret, "sns": alerts.sns_topic}
+    found = people if event in (*alerts.on, "test") else {}
+    if event != "failure":
+        found = found | {"heartbeat": alerts.heartbeat_url}
     return {name: target for name, target in found.items() if target}
 
 
@@ -2156,7 +2143,7 @@ def send_sns(topic: str, _event: str, subject: str, text: str) -> None:
 
 def send_heartbeat(url: str, _event: str, _subject: str, _text: str) -> None:
     """Tells a dead man's switch that all is well."""
-    hide(url, urlsplit(url).path)
+    hide(url, urlsplit(url).path, urlsplit(url).query)
     with http_session({}) as session:
         session.get(url, timeout=ALERT_SECONDS).raise_for_status()
 
@@ -2284,7 +2271,7 @@ def print_dry_run(run: Run, parts: dict[str, list[Path]]) -> None:
         first = pd.read_csv(parts[table.name][0], nrows=3, dtype=str, keep_default_na=False)
         if run.rows[table.name]:
             print_lines(first.replace(run.null, "NULL").T.to_string(header=False, max_colwidth=36))
-        sqls = [create_sql(table), create_staging_sql(table), copy_sql(run, table, region)]
+        sqls = [create_sql(table), create_sql(table, temporary=True), copy_sql(run, table, region)]
         sqls += [doubles_sql(table), delete_sql(table), insert_sql(run, table)]
         print_lines("\n\n".join(["", *sqls]))
 
@@ -2367,7 +2354,7 @@ def attempt(name: str, failed: set[str]) -> Iterator[list[str]]:
 
 def check_rights(cursor: Any, run: Run) -> None:
     """Raises PipelineError where the database user lacks a right, or gets no lock in time."""
-    execute(cursor, create_staging_sql(run.config.tables[0]))
+    execute(cursor, create_sql(run.config.tables[0], temporary=True))
     lacking = list[str]()
     for table in (*run.config.tables, audit_table(run.config)):
         existing = existing_columns(cursor, table)

@@ -612,7 +612,8 @@ def run_of(config: Config) -> main.Run:
 
 def copy_sql(config: Config, table: Table) -> tuple[str, str]:
     """The statements that make a temporary table and fill it."""
-    return main.create_staging_sql(table), main.copy_sql(run_of(config), table, "eu-west-1")
+    copy = main.copy_sql(run_of(config), table, "eu-west-1")
+    return main.create_sql(table, temporary=True), copy
 
 
 def swap_sql(config: Config, table: Table) -> tuple[str, str]:

@@ -174,6 +174,10 @@ CASES: dict[str, tuple[Callable[[Sandbox], dict[str, Any]], dict[str, str]]] = {
         lambda _: {"environment": {"AWS_REGION": None, "AWS_EC2_METADATA_DISABLED": "true"}},
         {"aws": "AWS_REGION", "redshift": "AWS_REGION", "bucket": "AWS_REGION"},
     ),
+    "no profile": (
+        lambda _: {"environment": {"AWS_PROFILE": "nope"}},
+        {"aws": "(nope)", "redshift": "(nope)", "bucket": "(nope)"},
+    ),
     "no secret": (setting("redshift", secret="no/such"), {"redshift": "no/such"}),
     "wrong password": (password, {"redshift": "database ***: password authentication"}),
     "no temporary table": (
