@@ -296,9 +296,16 @@ def redirects(to: str) -> Answer:
     return responds(302, Location=to)
 
 
+def odd_headers(handler: Any) -> None:
+    handler.close_connection = True
+    odd = b"HTTP/1.1 200 OK\r\nContent-Length: 65647\r\nno colon here\r\n\r\n"
+    handler.wfile.write(odd + SAMPLE.read_bytes())
+
+
 # What is wrong; the exit status is 1 unless it says another.
 KINDS: dict[str, dict[str, Any]] = {
     "success": {"status": 0},
+    "odd headers": {"status": 0, "answers": [odd_headers]},
     "retries": {"answers": [HALF, responds(429, Retry_After="0"), responds(410)]},
     "redirect to ftp": {"answers": [redirects(f"ftp://{USER_PASSWORD}@127.0.0.1/{CANARY}")]},
     "endless redirects": {"answers": [redirects(f"/again?token={CANARY}")] * 40},
