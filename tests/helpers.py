@@ -132,21 +132,16 @@ THINGS: dict[str, Any] = {
 }
 
 
-def things_config(folder: Path, url: str, tables: Any = None, **source: Any) -> Path:
-    """A configuration for an API of things, page by page; a setting that is None is left out."""
-    source = {"url": url, "records": "results", "next": "next"} | source
+def arrays_config(folder: Path, url: str, tables: Any = None, **source: Any) -> Path:
+    """A configuration for an API of things; a setting that is None is left out."""
+    source = {"url": url} | {name: value for name, value in source.items() if value is not None}
     sections = {
-        "source": {name: value for name, value in source.items() if value is not None},
+        "source": source,
         "staging": {"bucket": BUCKET, "prefix": "things"},
         "redshift": {"secret": SECRET},
         "tables": tables or THINGS,
     }
     return write_yaml(folder / "things.yaml", sections)[1]
-
-
-def arrays_config(folder: Path, url: str, **source: Any) -> Path:
-    """A configuration for an API of things whose answers are arrays unless a setting says else."""
-    return things_config(folder, url, **{"records": None, "next": None} | source)
 
 
 # --- documents and sources -----------------------------------------------------------------------
@@ -454,21 +449,13 @@ def assert_table(sandbox: Sandbox, name: str, table: dict[str, Any], document: R
         for row in sandbox.query(f"SELECT *{as_text} FROM {name}")
     ]
 
-    assert different(actual, expected, table["key"]) == [], name
-
-
-def different(actual: Records, expected: Records, key: list[str]) -> list[tuple[object, ...]]:
-    """What differs: the key, and for each column that differs its name and both values."""
-    left, right = (
-        {tuple(row[name] for name in key): row for row in rows} for rows in (actual, expected)
+    assert len(actual) == len(expected)
+    of_actual, of_expected = (
+        {tuple(row[column] for column in table["key"]): row for row in rows}
+        for rows in (actual, expected)
     )
-    assert len(left) == len(actual), "double rows"
-    assert len(right) == len(expected), "double rows in the document"
-    return [
-        (found, {n: (a[n], b[n]) for n in b if a[n] != b[n]} if a and b else "only in one")
-        for found in left | right
-        if (a := left.get(found)) != (b := right.get(found))
-    ]
+    assert len(of_actual) == len(actual), "double rows"
+    assert of_actual == of_expected
 
 
 # --- the program's parts -------------------------------------------------------------------------
