@@ -32,7 +32,18 @@ import urllib3
 import yaml
 
 from redshift import make_certificate
-from sandbox import BUCKET, PIPELINE, SAMPLE, SECRET, Handler, LocalServer, Sandbox, Source, answer
+from sandbox import (
+    BUCKET,
+    NO_PAUSES,
+    PIPELINE,
+    SAMPLE,
+    SECRET,
+    Handler,
+    LocalServer,
+    Sandbox,
+    Source,
+    answer,
+)
 from sequra_challenge import main
 from sequra_challenge.main import Config, Table
 from sequra_challenge.main import ConfigError as ConfigError
@@ -121,21 +132,16 @@ THINGS: dict[str, Any] = {
 }
 
 
-def things_config(folder: Path, url: str, tables: Any = None, **source: Any) -> Path:
-    """A configuration for an API of things, page by page; a setting that is None is left out."""
-    source = {"url": url, "records": "results", "next": "next"} | source
+def arrays_config(folder: Path, url: str, tables: Any = None, **source: Any) -> Path:
+    """A configuration for an API of things; a setting that is None is left out."""
+    source = {"url": url} | {name: value for name, value in source.items() if value is not None}
     sections = {
-        "source": {name: value for name, value in source.items() if value is not None},
+        "source": source,
         "staging": {"bucket": BUCKET, "prefix": "things"},
         "redshift": {"secret": SECRET},
         "tables": tables or THINGS,
     }
     return write_yaml(folder / "things.yaml", sections)[1]
-
-
-def arrays_config(folder: Path, url: str, **source: Any) -> Path:
-    """A configuration for an API of things whose answers are arrays unless a setting says else."""
-    return things_config(folder, url, **{"records": None, "next": None} | source)
 
 
 # --- documents and sources -----------------------------------------------------------------------
@@ -255,54 +261,49 @@ class Things:
         self.sandbox, self.folder = sandbox, folder
 
     def config(self, redshift: Any = None, staging: Any = None, **table: Any) -> Path:
-        """Writes a configuration with these settings; JSON is YAML as well."""
-        path = self.folder / "things.yaml"
+        """Writes a configuration with these settings."""
         settings = {
             "source": {"url": self.sandbox.source.url},
             "staging": {"bucket": BUCKET, "prefix": "things"} | (staging or {}),
             "redshift": {"secret": SECRET} | (redshift or {}),
             "tables": {TABLE: {"key": ["id"], "max_shrink": 1, "columns": COLUMNS} | table},
         }
-        path.write_text(json.dumps(settings))
-        return path
+        return write_yaml(self.folder / "things.yaml", settings)[1]
 
     def serve(self, *records: tuple[Any, ...]) -> None:
         """Sets what the source answers: id and n of each record."""
-        self.sandbox.source.body = json.dumps(
-            [dict(zip(("id", "n"), record, strict=True)) for record in records]
-        ).encode()
+        serve(self.sandbox, [dict(zip(("id", "n"), record, strict=True)) for record in records])
 
     def run(
         self, *records: tuple[Any, ...], options: dict[str, Any] | None = None, **settings: Any
     ) -> Done:
-        """Runs the program with options of ``Sandbox.start``."""
+        """Runs the program with options of ``Sandbox.start``, and without pauses."""
         if records:
             self.serve(*records)
-        return self.sandbox.run("--config", self.config(**settings), **(options or {}))
+        options = {"patch": NO_PAUSES} | (options or {})
+        return self.sandbox.run("--config", self.config(**settings), **options)
 
-    def load(self, *records: tuple[Any, ...], **settings: Any) -> str:
-        """Runs the program, which must succeed; returns its log."""
+    def load(self, *records: tuple[Any, ...], **settings: Any) -> list[str]:
+        """Runs the program, which must succeed; returns its warnings."""
         done = self.run(*records, **settings)
         assert done.returncode == 0, done.stderr
-        return done.stderr
+        return messages(done, "WARNING")
 
     def refused(self, *records: tuple[Any, ...], status: int = 1, **settings: Any) -> str:
         """Runs the program, which must fail and change no row; returns its error."""
         before = self.rows()
         done = self.run(*records, **settings)
-        assert done.returncode == status, done.stderr
-        assert "Traceback" not in done.stderr
-        assert self.rows() == before
-        return done.stderr[done.stderr.rindex(" ERROR ") :]
+        assert (done.returncode, self.rows()) == (status, before), done.stderr
+        (error,) = messages(done, "ERROR")
+        return error
 
     def rows(self, columns: str = "id, n") -> list[tuple[Any, ...]]:
         """The rows, in order; none where there is no table."""
         with self.sandbox.redshift.connect() as connection:
             if connection.execute("SELECT to_regclass(%s)", [TABLE]).fetchone() == (None,):
                 return []
-            return connection.execute(
-                f"SELECT {columns} FROM {TABLE} ORDER BY 1".encode()
-            ).fetchall()
+            sql = f"SELECT {columns} FROM {TABLE} ORDER BY 1"
+            return connection.execute(sql.encode()).fetchall()
 
 
 # --- faults of AWS -------------------------------------------------------------------------------
@@ -448,21 +449,13 @@ def assert_table(sandbox: Sandbox, name: str, table: dict[str, Any], document: R
         for row in sandbox.query(f"SELECT *{as_text} FROM {name}")
     ]
 
-    assert different(actual, expected, table["key"]) == [], name
-
-
-def different(actual: Records, expected: Records, key: list[str]) -> list[tuple[object, ...]]:
-    """What differs: the key, and for each column that differs its name and both values."""
-    left, right = (
-        {tuple(row[name] for name in key): row for row in rows} for rows in (actual, expected)
+    assert len(actual) == len(expected)
+    of_actual, of_expected = (
+        {tuple(row[column] for column in table["key"]): row for row in rows}
+        for rows in (actual, expected)
     )
-    assert len(left) == len(actual), "double rows"
-    assert len(right) == len(expected), "double rows in the document"
-    return [
-        (found, {n: (a[n], b[n]) for n in b if a[n] != b[n]} if a and b else "only in one")
-        for found in left | right
-        if (a := left.get(found)) != (b := right.get(found))
-    ]
+    assert len(of_actual) == len(actual), "double rows"
+    assert of_actual == of_expected
 
 
 # --- the program's parts -------------------------------------------------------------------------
@@ -563,6 +556,14 @@ def stage_chunks(chunks: Iterable[Records], folder: Path) -> None:
         main.flatten(records, table, columns, main.FieldNames(set))
         stager.write(table, main.to_frame(table, columns))
     stager.end_parts()
+
+
+def refuse_shrinking(before: int, after: int, allow_shrink: bool = False, **table: Any) -> None:
+    """Raises PipelineError where public.things must not go down to so many rows."""
+    config = config_of({"public.things": THINGS["public.things"] | table})
+    run = main.Run(config, allow_shrink)
+    run.rows["public.things"] = after
+    main.refuse_shrinking(run, config.tables[0], before)
 
 
 def connect(login: dict[str, Any], seconds: int) -> Any:

@@ -307,16 +307,9 @@ class Sandbox:
 
     def client(self, service: str, **options: Any) -> Any:
         """A boto3 client of the sandbox's AWS."""
-        return boto3.client(service, **self._aws_arguments | options)
-
-    @property
-    def _aws_arguments(self) -> dict[str, Any]:
-        return {
-            "endpoint_url": self.aws,
-            "region_name": REGION,
-            "aws_access_key_id": "sandbox",
-            "aws_secret_access_key": SECRET_KEY,
-        }
+        where = {"endpoint_url": self.aws, "region_name": REGION}
+        keys = {"aws_access_key_id": "sandbox", "aws_secret_access_key": SECRET_KEY}
+        return boto3.client(service, **where | keys | options)
 
     def secret(self) -> dict[str, Any]:
         """What the secret holds."""
@@ -395,7 +388,7 @@ class Sandbox:
             raise AssertionError(f"the program showed {shown}:\n{done.stdout}{done.stderr}")
         return done
 
-    def connect(self, **options: Any) -> psycopg.Connection[tuple[Any, ...]]:
+    def connect(self) -> psycopg.Connection[tuple[Any, ...]]:
         """A connection through the proxy, as the user that the program also is."""
         return psycopg.connect(
             host=self.redshift.host,
@@ -406,7 +399,6 @@ class Sandbox:
             sslmode="verify-full",
             sslrootcert=str(self.redshift.ca),
             autocommit=True,
-            **options,
         )
 
     def as_user(self, *statements: str) -> None:

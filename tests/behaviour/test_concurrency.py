@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import re
-import threading
-import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,17 +21,6 @@ from sandbox import Sandbox
 def cores(count: int) -> int:
     """How many cores so many launches have."""
     return sum(len(launch["cores"]) for launch in launches(count))
-
-
-@contextlib.contextmanager
-def analyst(sandbox: Sandbox) -> Iterator[psycopg.Connection[tuple[Any, ...]]]:
-    """An analyst's connection, which does not wait for a lock for ever."""
-    with sandbox.connect(application_name="analyst") as connection:
-        connection.execute("SET lock_timeout = '60s'")
-        yield connection
-    # The next test drops the tables; the proxy may not have noticed yet that they left.
-    while sandbox.query("SELECT pid FROM pg_stat_activity WHERE application_name = 'analyst'"):
-        time.sleep(0.02)
 
 
 def at_once(sandbox: Sandbox, arguments: list[list[str | Path]]) -> list[str]:
@@ -115,55 +100,6 @@ def test_readers_see_whole_states_and_wait_for_nothing(sandbox: Sandbox) -> None
     assert [state for state, _ in itertools.groupby(seen)] == [old, new]
     assert "trying again" not in done.stderr  # the readers are in nobody's way
     assert locks(sandbox) == ['LOCK "public"."etl_runs"']
-
-
-def test_long_query_of_an_analyst(sandbox: Sandbox) -> None:
-    """The load does not wait for it, nor it for the load: it ends when the load has long ended."""
-    first = run_id(loaded(sandbox))
-    seen: list[Any] = []
-
-    def analyse() -> None:
-        with analyst(sandbox) as connection, connection.transaction():
-            connection.execute(f"SELECT count(*) FROM {LAUNCHES}")
-            connection.execute("SELECT pg_advisory_lock_shared(1)")
-            sql = f"SELECT DISTINCT _run_id FROM {LAUNCHES} JOIN {CORES} USING (_run_id)"
-            seen.extend(connection.execute(sql.encode()).fetchall())
-
-    def scan() -> None:
-        sql = f"SELECT _run_id, pg_advisory_lock_shared(1) FROM {LAUNCHES}"
-        with analyst(sandbox) as connection:
-            seen.extend(dict.fromkeys((run,) for run, _ in connection.execute(sql.encode())))
-
-    waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'advisory'"
-    threads = [threading.Thread(target=target, daemon=True) for target in (analyse, scan)]
-    with sandbox.redshift.connect() as holder:
-        holder.execute("SELECT pg_advisory_lock(1)")
-        for thread in threads:
-            thread.start()
-        while sandbox.query(waiting) != [{"count": 2}]:
-            assert all(thread.is_alive() for thread in threads)
-        second = run_id(loaded(sandbox))
-        assert sandbox.query(waiting) == [{"count": 2}]
-        holder.execute("SELECT pg_advisory_unlock(1)")
-    for thread in threads:
-        thread.join(60)
-    assert seen == [(first,), (first,)]
-    assert check_complete(sandbox) == (30, second)
-
-
-def test_open_transaction_on_the_audit_table(sandbox: Sandbox, tmp_path: Path) -> None:
-    """The one table that loaders lock: a load waits, and gives up in time and with its name."""
-    loaded(sandbox)
-    run = check_complete(sandbox)
-    with analyst(sandbox) as connection, connection.transaction():
-        connection.execute(f"SELECT count(*) FROM {AUDIT}")
-        done = sandbox.run(*shipped(tmp_path, {"redshift / statement_seconds": 3}))
-        assert done.returncode == 1
-        message = done.stderr[done.stderr.index(" ERROR ") :]
-        assert "etl_runs" in message
-        assert "svv_transactions" in message
-    assert check_complete(sandbox) == run
-    loaded(sandbox)
 
 
 # --- loaders -------------------------------------------------------------------------------------

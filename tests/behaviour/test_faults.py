@@ -8,6 +8,7 @@ temporary files, the exit status and the message.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import random
 import re
@@ -86,9 +87,8 @@ class World:
     def start(self, *arguments: str | Path, **options: Any) -> Process:
         """Starts a run, and remembers what the tables held before it."""
         self.before = self.tables()
-        if not options.keys() & {"plainly", "wrapper"}:
-            options = {"patch": NO_PAUSES} | options
-        return self.sandbox.start(*arguments, **{"TMPDIR": str(self.temporary)} | options)
+        options = {"patch": NO_PAUSES, "TMPDIR": str(self.temporary)} | options
+        return self.sandbox.start(*arguments, **options)
 
     def run(self, *arguments: str | Path, **options: Any) -> Done:
         return self.sandbox.finish(self.start(*arguments, **options))
@@ -532,48 +532,62 @@ def test_serializable_isolation_violation(world: World, statements: str) -> None
 # --- signals -------------------------------------------------------------------------------------
 
 
-def check_stopped(world: World, done: Done, number: int) -> None:
-    """A signal has ended the run, before its handler was installed or after, or came too late."""
-    if number == signal.SIGINT and done.stderr.endswith("KeyboardInterrupt\n"):
-        done = Done([], -number, "", "")  # Python's own, with another status while it starts
-    statuses = {0, -number} if number == signal.SIGKILL else {0, -number, 128 + number}
-    status = done.returncode
-    assert status in statuses, done.stderr
-    says = [rf"^\w+: stopped by {signal.Signals(number).name}$"] if status == 128 + number else []
-    if status < 0:
-        done = Done([], status, done.stdout, "")  # killed in the middle of a line, maybe
-    world.check(done, "new" if status == 0 else "either", status, *says)
+SIGNALS = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
+MOMENTS = [
+    *itertools.product(["start", "extract", "stage", "load"], SIGNALS),
+    *itertools.product(["retry", "upload", "connect"], [signal.SIGTERM]),
+]
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("phase", ["start", "extract", "stage", "load"])
+@pytest.mark.parametrize(("phase", "number"), MOMENTS)
 def test_signal_at_any_moment(world: World, number: int, phase: str) -> None:
-    """A moment after the program came to a phase; which it has done is asserted."""
-    reached = threading.Event()
+    """A moment after the program came to a phase, or while it waits; it may come too late."""
+    sandbox, reached, over = world.sandbox, threading.Event(), threading.Event()
 
     def requested(handler: BaseHTTPRequestHandler) -> None:
         reached.set()
-        answer(handler, 200, SAMPLE.read_bytes())
+        if phase == "retry":
+            answer(handler, 503, Retry_After="100")
+        else:
+            answer(handler, 200, SAMPLE.read_bytes())
 
     def uploads(handler: Any) -> None:
         reached.set()
+        if phase == "upload":
+            over.wait(120)
         handler.forward()
 
     def copies(_: str, sql: str) -> None:
-        if sql.startswith("COPY"):
+        if phase == "load" and sql.startswith("COPY"):
             reached.set()
 
-    if phase == "extract":
-        world.sandbox.source.answers = [requested]
-    if phase == "load":
-        world.sandbox.redshift.hook = copies
-    with FlakyProxy(world.sandbox.aws, *[uploads] * (phase == "stage")) as aws:
-        how = {"plainly": True} if phase == "start" else {}
-        process = world.start(**how, AWS_ENDPOINT_URL=aws.url)
+    with contextlib.ExitStack() as stack:
+        stack.callback(over.set)
+        if phase in ("extract", "retry"):
+            sandbox.source.answers = [requested]
+        if phase == "connect":
+            port = stack.enter_context(Forwarder(sandbox.redshift.port, *[0] * 9).open())
+            port.accepted = reached
+            sandbox.set_secret(PORT=port.port)
+        sandbox.redshift.hook = copies
+        faults = [uploads] * (phase in ("stage", "upload"))
+        aws = stack.enter_context(FlakyProxy(sandbox.aws, *faults)).url
+        process = world.start(patch="", plainly=phase == "start", AWS_ENDPOINT_URL=aws)
         assert phase == "start" or reached.wait(60)
         time.sleep(random.Random(f"{phase} {number}").uniform(0, 0.2))
         process.send_signal(number)
-        check_stopped(world, world.sandbox.finish(process), number)
+        done = sandbox.finish(process)
+    status, says = done.returncode, [rf"^\w+: stopped by {signal.Signals(number).name}$"]
+    if number == signal.SIGINT and done.stderr.endswith("KeyboardInterrupt\n"):
+        status = -number  # Python's own, with another status while it starts
+    if status <= 0:  # before the program handles signals, or after all is done
+        assert status in {0, -number}
+        done, says = Done([], status, "", ""), []
+    else:
+        assert number != signal.SIGKILL
+        assert status == 128 + number
+    is_done = "either" if phase in ("start", "extract", "stage", "load") else "old"
+    world.check(done, "new" if status == 0 else is_done, status, *says)
     world.works()
 
 
@@ -602,47 +616,6 @@ def test_signal_at_each_kind_of_statement(world: World, number: int, statement: 
     state = "new" if statement == "COMMIT" else "old"  # the server has got the COMMIT already
     world.check(done, state, KILLED if number == signal.SIGKILL else 128 + number)
     assert ended == [done.returncode]
-
-
-@pytest.mark.parametrize("wait", ["source", "retry", "upload", "connect", "lock"])
-def test_signal_while_the_program_waits(world: World, wait: str) -> None:
-    waiting, over = threading.Event(), threading.Event()
-
-    def stall(_: Any) -> None:
-        waiting.set()
-        over.wait(120)
-
-    def ask_to_wait(handler: BaseHTTPRequestHandler) -> None:
-        answer(handler, 503, Retry_After="100")
-        waiting.set()
-
-    def see_lock(when: str, sql: str) -> None:
-        if sql.startswith("LOCK"):
-            waiting.set()
-
-    with contextlib.ExitStack() as stack:
-        stack.callback(over.set)
-        endpoint = world.sandbox.aws
-        if wait == "source":
-            world.sandbox.source.answers = [stall]
-        elif wait == "retry":
-            world.sandbox.source.answers = [ask_to_wait]
-        elif wait == "upload":
-            endpoint = stack.enter_context(FlakyProxy(world.sandbox.aws, None, stall)).url
-        elif wait == "connect":
-            port = stack.enter_context(Forwarder(world.sandbox.redshift.port, *[0] * 9).open())
-            port.accepted = waiting
-            world.sandbox.set_secret(PORT=port.port)
-        process = world.start(patch="", AWS_ENDPOINT_URL=endpoint)
-        if wait == "lock":
-            world.sandbox.redshift.hook = see_lock
-            other = stack.enter_context(world.sandbox.redshift.connect())
-            other.execute(f"BEGIN; LOCK {AUDIT} IN ACCESS EXCLUSIVE MODE".encode())
-        assert waiting.wait(60)
-        time.sleep(0.2)  # the program comes to wait
-        process.send_signal(signal.SIGTERM)
-        done = world.sandbox.finish(process)
-    world.check(done, "old", 128 + signal.SIGTERM, r"^\w+: stopped by SIGTERM$")
 
 
 SIGNALLED_WHEN_DONE = """
@@ -699,19 +672,10 @@ def test_disk_is_full(
     world.check(world.run(), "old", 1, full)
 
 
-@pytest.mark.parametrize(
-    ("blocks", "source", "says"),
-    [
-        (4, ["--source", SAMPLE], "^transform: .*File too large"),
-        (0, [], "No usable temporary directory found in "),
-    ],
-    ids=["CSV", "anything"],
-)
-def test_file_gets_too_large(world: World, blocks: int, source: list[Any], says: str) -> None:
-    """A limit for the process, as where no file system can be mounted."""
-    limit = ("sh", "-c", f'ulimit -f {blocks}; exec "$@"', "sh")  # of 512 bytes
-    done = world.run(*source, wrapper=limit, PYTHONDONTWRITEBYTECODE="1")
-    world.check(done, "old", 1, says)
+def test_no_folder_can_be_written(world: World) -> None:
+    limit = ("sh", "-c", 'ulimit -f 0; exec "$@"', "sh")
+    done = world.run(wrapper=limit, PYTHONDONTWRITEBYTECODE="1")
+    world.check(done, "old", 1, "No usable temporary directory found in ")
 
 
 def test_temporary_folder_does_not_exist(world: World) -> None:

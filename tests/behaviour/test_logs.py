@@ -21,6 +21,7 @@ from helpers import (
     Answer,
     Done,
     Record,
+    assert_failed,
     fewer_launches,
     launches,
     loaded,
@@ -34,7 +35,6 @@ from redshift import RedshiftError
 from sandbox import BUG, NO_PAUSES, PASSWORD, PING, SAMPLE, SLACK_SECRET, WEBHOOK, Sandbox
 
 AWAY = 75  # EX_TEMPFAIL
-REFUSES = "http://127.0.0.1:9"  # a port that nobody listens on
 STEPS = ("extract", "transform", "stage", "load")
 LEVELS = {"DEBUG", "INFO", "WARNING", "ERROR"}
 
@@ -103,46 +103,34 @@ def test_json_of_an_error(sandbox: Sandbox) -> None:
     assert "prepare_targets" in last["error"]["stack"]
 
 
-def test_json_of_a_bug(sandbox: Sandbox) -> None:
+def test_a_bug(sandbox: Sandbox) -> None:
+    """Whoever mends the program needs the traceback; in text the reason is above it, as ever."""
     done = sandbox.run(*JSON, patch=BUG)
     assert (done.returncode, done.stdout) == (1, "")
     *_, last = entries(done)
     assert (last["level"], last["step"]) == ("ERROR", "stage")
-    assert last["error"]["kind"] == "RuntimeError"
-    assert last["error"]["message"] == "a bug"
+    assert (last["error"]["kind"], last["error"]["message"]) == ("RuntimeError", "a bug")
     assert re.match(r"Traceback \(.*\nRuntimeError: a bug\n?$", last["error"]["stack"], re.DOTALL)
-
-
-def test_text_of_a_bug(sandbox: Sandbox) -> None:
-    """Whoever mends the program needs the traceback; below it, as ever, the reason."""
     done = sandbox.run(patch=BUG)
     assert (done.returncode, done.stdout) == (1, "")
     assert re.findall(r"Z ERROR +pipeline stage: (.*)\n", done.stderr) == ["RuntimeError: a bug"]
     assert "Traceback (most recent call last):\n" in done.stderr
-    assert "RuntimeError: a bug\n" in done.stderr
     assert sandbox.query(f"SELECT to_regclass('{LAUNCHES}')") == [{"to_regclass": None}]
 
 
-@pytest.mark.parametrize(
-    ("option", "variable", "json_"),
-    [("json", None, True), (None, "json", True), ("text", "json", False), ("json", "xml", True)],
-)
-def test_choice_of_the_format(
-    sandbox: Sandbox, tmp_path: Path, option: str | None, variable: str | None, json_: bool
-) -> None:
+def test_choice_of_the_format(sandbox: Sandbox, tmp_path: Path) -> None:
     """Also of the message about a configuration that is wrong."""
-    arguments = ["--log-format", option] if option else []
     config = shipped_with(tmp_path, staging={"bucket": "B"}, source={"max_wait": "soon"})
-    done = sandbox.run(*arguments, *config, LOG_FORMAT=variable)
-    assert done.returncode == 2
-    if json_:
+    for arguments, variable in ((JSON, None), ((), "json"), (JSON, "xml")):
+        done = sandbox.run(*arguments, *config, LOG_FORMAT=variable)
+        assert done.returncode == 2
         (entry,) = entries(done)
-        assert entry["level"] == "ERROR"
-        assert (entry["outcome"], entry["error"]["kind"]) == ("failure", "ConfigError")
+        assert (entry["level"], entry["outcome"]) == ("ERROR", "failure")
+        assert entry["error"]["kind"] == "ConfigError"
         assert "\n  staging.bucket: " in entry["message"]
         assert "run_id" not in entry
-    else:
-        assert re.match(r"\S+Z ERROR +\S.* has 2 fault", done.stderr)
+    done = sandbox.run("--log-format", "text", *config, LOG_FORMAT="json")
+    assert " has 2 fault" in "".join(messages(done, "ERROR"))
 
 
 def test_unknown_format(sandbox: Sandbox) -> None:
@@ -187,33 +175,21 @@ def test_a_line_cannot_be_forged(sandbox: Sandbox) -> None:
     assert re.match("transform: .*no rows", text)
 
 
-def test_statements_and_their_times(sandbox: Sandbox) -> None:
-    """--verbose adds them, and nothing of the libraries."""
+def test_statements_have_their_times(sandbox: Sandbox) -> None:
+    """--verbose shows them, and nothing of the libraries."""
 
     def slow(when: str, sql: str) -> None:
         if (when, sql[:5]) == ("before", "COPY "):
             time.sleep(0.3)
 
     sandbox.redshift.hook = slow
-    done = sandbox.run("--verbose", *JSON)
-    assert done.returncode == 0, done.stderr
-    logged = entries(done)
+    logged = entries(loaded(sandbox, "--verbose", *JSON))
     debug = [entry for entry in logged if entry["level"] == "DEBUG"]
-    shown = " ".join(" ".join(entry["message"].split()) for entry in debug)
-    logged_ones = "SET statement|CREATE|COPY|SELECT|LOCK|DELETE|INSERT|COMMIT"
-    ran = [sql for sql in sandbox.redshift.statements if re.match(logged_ones, sql)]
-    # Where the driver puts values in, the log has $1 or %s.
-    missing = [sql for sql in ran if " ".join(sql.split())[:60] not in shown]
-    assert (missing, len(ran) > 15) == ([], True)
     timed = [re.match(r"(\d+\.\d{3}) s: (\w+)", entry["message"]) for entry in debug]
     times = [(float(match[1]), match[2]) for match in timed if match]
-    assert len(times) >= len(ran)
+    assert len(times) > 15
     assert [seconds >= 0.3 for seconds, word in times if word == "COPY"] == [True, True]
     assert {entry["step"] for entry in debug} <= {*STEPS}
-
-    sandbox.redshift.hook = None
-    sandbox.redshift.statements.clear()
-    assert "SELECT" not in sandbox.run().stderr
 
 
 def test_progress_is_for_people(sandbox: Sandbox) -> None:
@@ -245,43 +221,43 @@ def test_progress_is_for_people(sandbox: Sandbox) -> None:
 # --- exit statuses -------------------------------------------------------------------------------
 
 
-def secrets_manager(status: int, kind: str) -> dict[str, Any]:
-    """Secrets Manager answers each request with this error."""
-    return {"secrets_manager": responds(status, {"__type": kind, "message": "no"})}
+def secrets_manager(status: int, kind: str) -> Answer:
+    return responds(status, {"__type": kind, "message": "no"})
 
 
-# What is wrong; the exit status, and what the last message says.
+NO_REGION = {"AWS_REGION": None, "AWS_EC2_METADATA_DISABLED": "true"}
+LIMITED = responds(429, Retry_After="2000")
+# What is wrong; the exit status, and how the error begins.
 ENDS: dict[str, tuple[dict[str, Any], int, str]] = {
-    "too many requests": ({"source": responds(429, Retry_After="2000")}, AWAY, "extract: gave up"),
-    "source away": ({"--source": f"{REFUSES}/v5/launches"}, AWAY, "extract: GET "),
-    "throttled": (secrets_manager(400, "ThrottlingException"), AWAY, "connect: "),
-    "secrets manager away": (secrets_manager(503, "ServiceUnavailable"), AWAY, "connect: "),
-    "access denied": (secrets_manager(400, "AccessDeniedException"), 1, "connect: "),
-    "no region": (
-        {"AWS_REGION": None, "AWS_EC2_METADATA_DISABLED": "true"},
-        1,
-        "connect: no AWS region",
-    ),
+    "too many requests": ({"source": LIMITED}, AWAY, "extract: gave up: GET "),
+    "throttled": ({"aws": secrets_manager(400, "ThrottlingException")}, AWAY, "connect: "),
+    "aws away": ({"aws": secrets_manager(503, "ServiceUnavailable")}, AWAY, "connect: "),
+    "denied": ({"aws": secrets_manager(400, "AccessDeniedException")}, 1, "connect: "),
+    "no region": (NO_REGION, 1, "connect: no AWS region"),
     "no bucket": ({"bucket": "no-such-bucket"}, 1, "stage: cannot write s3://no-such-bucket"),
 }
 
 
-@pytest.mark.parametrize("case", ENDS)
-def test_what_may_mend_itself_ends_with_its_own_status(
-    sandbox: Sandbox, tmp_path: Path, case: str
+@pytest.mark.parametrize(("wrong", "status", "says"), ENDS.values(), ids=ENDS)
+def test_what_may_mend_itself_has_a_status_of_its_own(
+    sandbox: Sandbox, tmp_path: Path, wrong: dict[str, Any], status: int, says: str
 ) -> None:
-    given, status, says = ENDS[case]
-    given = dict(given)
-    sandbox.source.answers = [given.pop("source", responds(200, launches()))]
-    arguments = ["--source", given.pop("--source", sandbox.source.url)]
-    if "secrets_manager" in given:
-        sandbox.heartbeat.answers = [given.pop("secrets_manager")] * 9
-        given["AWS_ENDPOINT_URL_SECRETS_MANAGER"] = sandbox.heartbeat.at("")
-    config = shipped_with(tmp_path, staging={"bucket": given.pop("bucket", "my-data-bucket")})
-    done = sandbox.run(*config, *arguments, patch=NO_PAUSES, HOME=str(tmp_path), **given)
+    environment: dict[str, Any] = {name: wrong[name] for name in wrong if name in NO_REGION}
+    if "source" in wrong:
+        sandbox.source.answers = [wrong["source"]]
+    if "aws" in wrong:
+        sandbox.heartbeat.answers = [wrong["aws"]] * 9
+        environment["AWS_ENDPOINT_URL_SECRETS_MANAGER"] = sandbox.heartbeat.at("")
+    config = shipped_with(tmp_path, staging={"bucket": wrong.get("bucket", "my-data-bucket")})
+    done = sandbox.run(*config, patch=NO_PAUSES, HOME=str(tmp_path), **environment)
     assert done.returncode == status, done.stderr
     (error,) = messages(done, "ERROR")
     assert error.startswith(says)
+
+
+def test_a_source_that_is_away(sandbox: Sandbox) -> None:
+    done = sandbox.run("--source", "http://127.0.0.1:9/", patch=NO_PAUSES)  # nobody listens
+    assert_failed(done, "extract: GET http://127.0.0.1:9/: ", "attempt 6", status=AWAY)
 
 
 # --- secrets -------------------------------------------------------------------------------------
@@ -296,9 +272,16 @@ def redirects(to: str) -> Answer:
     return responds(302, Location=to)
 
 
+def odd_headers(handler: Any) -> None:
+    handler.close_connection = True
+    odd = b"HTTP/1.1 200 OK\r\nContent-Length: 65647\r\nno colon here\r\n\r\n"
+    handler.wfile.write(odd + SAMPLE.read_bytes())
+
+
 # What is wrong; the exit status is 1 unless it says another.
 KINDS: dict[str, dict[str, Any]] = {
     "success": {"status": 0},
+    "odd headers": {"status": 0, "answers": [odd_headers]},
     "retries": {"answers": [HALF, responds(429, Retry_After="0"), responds(410)]},
     "redirect to ftp": {"answers": [redirects(f"ftp://{USER_PASSWORD}@127.0.0.1/{CANARY}")]},
     "endless redirects": {"answers": [redirects(f"/again?token={CANARY}")] * 40},
