@@ -2028,8 +2028,12 @@ def swap(cursor: Any, run: Run, lineage: dict[str, str]) -> Loaded:
 
     All in one transaction: a reader sees the rows of before or those of this run, everywhere.
     """
-    rows = {table.name: rows_before(cursor, run, table) for table in run.config.tables}
-    difference = dict[str, int]()
+    rows, difference = dict[str, int](), dict[str, int]()
+    for table in run.config.tables:
+        (rows[table.name],) = execute(
+            cursor, f"SELECT count(*) FROM {quoted(table.name)}"
+        ).fetchone()
+        refuse_shrinking(run, table, rows[table.name])
     for table in run.config.tables:
         deleted, loaded = execute(cursor, delete_sql(table)).rowcount, run.rows[table.name]
         execute(cursor, insert_sql(run, table))
@@ -2053,12 +2057,8 @@ def swap(cursor: Any, run: Run, lineage: dict[str, str]) -> Loaded:
     return rows, difference
 
 
-def rows_before(cursor: Any, run: Run, table: Table) -> int:
-    """The number of rows that the table has.
-
-    Raises PipelineError when a replace would leave so few of them that the source seems broken.
-    """
-    (before,) = execute(cursor, f"SELECT count(*) FROM {quoted(table.name)}").fetchone()
+def refuse_shrinking(run: Run, table: Table, before: int) -> None:
+    """Raises PipelineError when a replace would leave so few rows that the source seems broken."""
     least = max(table.min_rows, math.ceil(round(before * (1 - table.max_shrink), 6)))
     after = run.rows[table.name]
     if after < least and table.mode == "replace" and not run.allow_shrink:
@@ -2067,7 +2067,6 @@ def rows_before(cursor: Any, run: Run, table: Table) -> int:
             f"expected (min_rows {table.min_rows}, max_shrink {table.max_shrink}); "
             "if that is right, run once with --allow-shrink"
         )
-    return int(before)
 
 
 # --- notify -------------------------------------------------------------------------------------

@@ -356,9 +356,8 @@ def create_table(head: str, definitions: str | None, rest: str) -> str:
 def column_definition(definition: str) -> tuple[str, str]:
     """The name of a column and its definition for PostgreSQL, with its length in bytes."""
     if re.match(r"LIKE\b", definition, re.IGNORECASE):
-        return definition, plain(
-            definition
-        ) + " INCLUDING CONSTRAINTS"  # they hold the byte lengths
+        # They hold the byte lengths.
+        return definition, plain(definition) + " INCLUDING CONSTRAINTS"
     match = COLUMN.match(definition)
     if not match:
         raise syntax_error(f'syntax error at or near "{plain(definition)}"')
@@ -881,7 +880,6 @@ class Session(socketserver.BaseRequestHandler):
 
     def handle(self) -> None:
         self.redshift = self.server.redshift
-        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         self.client = Channel(self.request)
         self.redshift.sessions.add(self)
         self.texts: dict[bytes, str] = {}

@@ -192,10 +192,9 @@ class Bench:
         python = self.python(name) if name in PINNED else sys.executable
         return [python, BENCH / "contenders.py", job, *arguments]
 
-    def verify(self, rows: int, config: Path | None, source: Path) -> None:
-        """Counts the rows in the folder of the run; with a configuration compares all values."""
-        values = ["--config", config, "--source", source] if config else []
-        check(rows, sys.executable, BENCH / "verify.py", self.run, *values)
+    def verify(self, rows: int, *other: Path) -> None:
+        """Counts the rows in the folder of the run; compares them with those in another."""
+        check(rows, sys.executable, BENCH / "verify.py", self.run, *other)
 
     def start(self, *command: Any, **options: Any) -> subprocess.Popen[str]:
         """Starts a server, which ends with the bench."""
@@ -242,7 +241,7 @@ def time_sizes(bench: Bench, peers: list[str], sizes: list[int], repeats: int) -
     asked = ["ours", *dict.fromkeys(["against", "both", *peers] if bench.against else peers)]
     for rows in sizes:
         names = [name for name in asked if rows <= MOST or name in STREAMING]
-        medians = time_size(bench, names, rows, repeats, environment, rows == min(sizes))
+        medians = time_size(bench, names, rows, repeats, environment)
         for name, usage in medians.items():
             results.append({"name": TITLES[name], "rows": rows} | usage._asdict())
     if len(sizes) > 1 and not bench.against:
@@ -253,14 +252,9 @@ def time_sizes(bench: Bench, peers: list[str], sizes: list[int], repeats: int) -
 
 
 def time_size(
-    bench: Bench,
-    names: list[str],
-    rows: int,
-    repeats: int,
-    environment: dict[str, str],
-    values: bool,
+    bench: Bench, names: list[str], rows: int, repeats: int, environment: dict[str, str]
 ) -> dict[str, Usage]:
-    """One size; after the first run of each contender its rows, of main.py also all values."""
+    """One size; after the first run of each contender its rows are counted."""
     config = bench.config("one-table")
     source = bench.input(f"launches-{rows}", launches(rows))
     csv, staged = bench.folder / "staged.csv", bench.run / "launches.csv.gz"
@@ -285,7 +279,7 @@ def time_size(
         if first and name == "awswrangler":
             check(rows, *bench.tool(name, "count_parquet", parquet), **environment)
         elif first and name != "floor":  # it has no rows of its own
-            bench.verify(rows, config if values and name in ("ours", "both") else None, source)
+            bench.verify(rows)
         if first and name == "ours":
             parts = sorted(bench.run.glob("sequra-*/public.launches.*.csv.gz"))
             with csv.open("wb") as file:
@@ -294,7 +288,7 @@ def time_size(
             shutil.rmtree(bench.kept, ignore_errors=True)
             bench.run.rename(bench.kept)
         elif first and name == "both" and bench.against:
-            check(rows, sys.executable, BENCH / "verify.py", bench.run, "--against", bench.kept)
+            bench.verify(rows, bench.kept)
         return usage
 
     runs = in_turn(names, repeats, stage)
@@ -326,7 +320,7 @@ def time_special(bench: Bench) -> None:
         source, config = bench.input(name, odd_records(name)), bench.config(name, **changes)
         bench.clear()
         usage = measure(dry_run(config, source), bench.run, {"TMPDIR": str(bench.run)})
-        bench.verify(rows, config, source)
+        bench.verify(rows)
         figures = f"{source.stat().st_size / 1e6:.0f} | {usage.wall:.1f} | {usage.cpu:.1f}"
         print(f"| {rows:,} {title} | {figures} | {usage.memory:.0f} |", flush=True)
 

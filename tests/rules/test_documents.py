@@ -8,6 +8,8 @@ the program's help.
 from __future__ import annotations
 
 import contextlib
+import csv
+import io
 import json
 import math
 import re
@@ -21,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-from hypothesis import HealthCheck, assume, given, seed, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from helpers import (
@@ -73,7 +75,7 @@ CONFIG = config_of(TABLES)
 
 def share(percent: int) -> settings:
     """So much of the profile's examples: it says how many there are in this file together."""
-    return settings(max_examples=settings().max_examples * percent // 100)
+    return settings(max_examples=settings().max_examples * percent // 100, database=None)
 
 
 @pytest.fixture(autouse=True)
@@ -101,7 +103,6 @@ class Number:
         return Decimal(self.text) if re.search(r"\d", self.text) else None
 
 
-DEEP = 900  # levels; Python 3.11 reads some 990, later versions thousands
 MISSING = Number("missing")  # in the place of a value: its key is left out
 
 # Lone surrogates, NUL and other controls, what looks like CSV or NULL, combining and wide ones.
@@ -190,6 +191,7 @@ ODD_TIME_WORDS = """2006-02-29 2006-3-24 20060324 0000-01-01 10000-01-01 0001-01
     2006-03-24T22:30:00.Z -2006-03-24 ٢٠٠٦-٠٣-٢٤ 2006-W12-5 now"""
 SPACED_TIMES = ["2006-03-24T22:30:00Z ", "2006-03-24\n", "2006-03-24 22:30:00 +01:00"]
 ODD_TIMES = st.sampled_from(ODD_TIME_WORDS.split() + SPACED_TIMES)
+LONG_TEXTS = st.builds(lambda text, times: text * times, TEXTS, st.sampled_from([3, 30]))
 SCALARS = st.none() | st.booleans() | ODD_NUMBERS | TEXTS | ODD_TIMES
 KEYS = st.sampled_from(["", "id", "item", "position", "value", "a.b", "_run_id", " ", "\0", "é"])
 JSON = st.recursive(
@@ -231,10 +233,9 @@ def mapping(**values: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any
         kept = {name: value for name, value in it.items() if value is not MISSING}
         return {name: value for name, value in extra.items() if name not in it} | kept
 
-    extra: st.SearchStrategy[dict[str, Any]] = st.just({}) | st.dictionaries(
-        KEYS | TEXTS, JSON, max_size=2
+    return st.builds(
+        clean, st.fixed_dictionaries(values), st.dictionaries(KEYS | TEXTS, JSON, max_size=2)
     )
-    return st.builds(clean, st.fixed_dictionaries(values), extra)
 
 
 DAYS = st.dates().map(date.isoformat)
@@ -294,7 +295,7 @@ def documents(draw: st.DrawFn, faults: int = 3) -> list[Any]:
     for _ in range(draw(st.integers(0, faults))):
         number = draw(st.integers(0, len(items) - 1))
         place = draw(st.sampled_from([f"{number}", *(f"{number}.{place}" for place in PLACES)]))
-        put(items, place, draw(JSON | st.just(MISSING) | st.just(nested(2000, None))))
+        put(items, place, draw(JSON | LONG_TEXTS | st.just(MISSING)))
     # Without an id it is named by its beginning.
     ids = [item.get("id") for item in items if isinstance(item, dict)]
     assume(None not in ids and len(set(map(written, ids))) == len(ids))
@@ -306,29 +307,21 @@ MARK = "-number-"  # stands around one until the JSON is made
 
 def written(value: Any, ascii_only: bool = True) -> str:
     """A value as JSON. Lone surrogates and controls are always escaped."""
-    limit = sys.getrecursionlimit()
-    sys.setrecursionlimit(limit + 5_000)  # some documents are thousands of levels deep
-    try:
-        text = json.dumps(
-            value,
-            ensure_ascii=ascii_only,
-            separators=(",", ":"),
-            default=lambda number: f"{MARK}{number.text}{MARK}",
-        )
-    finally:
-        sys.setrecursionlimit(limit)
+    text = json.dumps(
+        value,
+        ensure_ascii=ascii_only,
+        separators=(",", ":"),
+        default=lambda number: f"{MARK}{number.text}{MARK}",
+    )
     text = text.replace(f'"{MARK}', "").replace(f'{MARK}"', "")
     return re.sub("[\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
-def laid_out(document: list[Any], ascii_only: bool, layout: str) -> str:
-    """A document as an array, as one with white space, or with a record a line."""
-    if layout == "array":
-        return written(document, ascii_only)
-    records = [written(record, ascii_only) for record in document]
-    if layout == "lines" and all(isinstance(record, dict) for record in document):
-        return "\r\n\n".join(records)
-    return "\n[ " + " ,\r\n\t".join(records) + "\n] "
+def laid_out(document: list[Any], ascii_only: bool, as_lines: bool) -> str:
+    """A document as an array, or with a record a line."""
+    if as_lines and all(isinstance(record, dict) for record in document):
+        return "\r\n\n".join(written(record, ascii_only) for record in document)
+    return written(document, ascii_only)
 
 
 # --- what is expected ----------------------------------------------------------------------------
@@ -470,15 +463,11 @@ def expected_rows(table: Table, record: Any) -> Records:
 
 
 def all_expected(document: list[Any]) -> tuple[dict[str, Records], list[int]]:
-    """The rows of all tables, and the indexes of the records that have to be refused.
-
-    Of those that are nested deeply it depends on the version of Python whether they are.
-    """
+    """The rows of all tables, and the indexes of the records that have to be refused."""
     rows: dict[str, Records] = {table.name: [] for table in CONFIG.tables}
     faulty = []
     for number, record in enumerate(document):
         try:
-            require(depth(record) < DEEP)
             for table in CONFIG.tables:
                 rows[table.name] += expected_rows(table, record)
         except Refused:
@@ -486,32 +475,7 @@ def all_expected(document: list[Any]) -> tuple[dict[str, Records], list[int]]:
     return rows, faulty
 
 
-def depth(value: Any) -> int:
-    """How many arrays and objects stand in one another."""
-    level, deep = [value], 0
-    while level := [it for it in level if isinstance(it, list | dict)]:
-        deep += 1
-        level = [it for each in level for it in (each.values() if isinstance(each, dict) else each)]
-    return deep
-
-
 # --- what came out -------------------------------------------------------------------------------
-
-CELL = re.compile(r'(?:"((?:[^"]|"")*)"|([^",\r\n]*))([,\n])')
-
-
-def csv_cells(text: str) -> Iterator[list[tuple[bool, str]]]:
-    """The rows of CSV: of each cell whether it stands in quotes, and its text."""
-    cells, row = list(CELL.finditer(text)), []
-    assert "".join(cell[0] for cell in cells) == text
-    for cell in cells:
-        in_quotes = cell[1] is not None
-        row.append((in_quotes, cell[1].replace('""', '"') if in_quotes else cell[2]))
-        if cell[3] == "\n":
-            yield row
-            row = []
-    assert not row
-
 
 READ: dict[str, Callable[[str], Any]] = {
     "boolean": {"t": True, "f": False}.__getitem__,
@@ -529,22 +493,15 @@ READ: dict[str, Callable[[str], Any]] = {
 
 def written_rows(table: Table, files: list[str], count: int, null: str) -> Records:
     """The rows in the files of a table, as COPY reads them."""
-    rows, columns = [], table.columns
+    rows = []
     for text in files:
-        header, *found = csv_cells(text)
-        assert header == [(False, column.name) for column in columns]
+        header, *found = csv.reader(io.StringIO(text, newline=""), strict=True)
+        assert header == table.names
         for cells in found:
             row: dict[str, Any] = {}
-            for column, (in_quotes, cell) in zip(columns, cells, strict=True):
-                if cell == null:
-                    assert not in_quotes
-                    row[column.name] = None
-                    continue
-                # What is not in quotes must not be empty: COPY would make NULL of it.
-                assert in_quotes or cell
-                assert in_quotes or column.kind not in ("varchar", "super")
-                row[column.name] = READ[column.kind](cell)
-                if column.kind == "decimal":
+            for column, cell in zip(table.columns, cells, strict=True):
+                row[column.name] = None if cell == null else READ[column.kind](cell)
+                if column.kind == "decimal" and cell != null:
                     assert len(cell.partition(".")[2]) == column.arguments[1]
             rows.append(row)
     assert len(rows) == count
@@ -556,29 +513,27 @@ def transformed(body: bytes) -> dict[str, Records]:
     return {part[0].name: written_rows(*part) for part in parts_of(body, CONFIG)}
 
 
-def same(left: Any, right: Any, stored: bool = False) -> bool:
-    """Equal with equal types: True is not 1, nor 1 the same as 1.0; -0.0 is not 0.0.
+def exact(value: Any) -> Any:
+    """What is equal for equal values of one type: True is not 1, nor 1 the same as 1.0."""
+    if isinstance(value, Decimal):
+        return value
+    return type(value), json.dumps(value, sort_keys=True, default=str)
 
-    But PostgreSQL's jsonb, where the left is stored, keeps numbers as decimals, without -0.
-    """
-    if isinstance(left, dict) and isinstance(right, dict):
-        return left.keys() == right.keys() and all(
-            same(left[key], right[key], stored) for key in left
-        )
-    if isinstance(left, list) and isinstance(right, list):
-        return len(left) == len(right) and all(map(same, left, right, [stored] * len(left)))
-    if stored and isinstance(right, float) and isinstance(left, int | float):
-        return float(left) == right
-    if type(left) is not type(right) or left != right:
-        return False
-    return not isinstance(left, float) or math.copysign(1, left) == math.copysign(1, right)
+
+def stored(value: Any) -> Any:
+    """JSON as PostgreSQL's jsonb keeps it: with decimals, which know neither 1e2 nor -0."""
+
+    def number(text: str) -> float:
+        return float(text) + 0.0
+
+    return exact(json.loads(json.dumps(value), parse_int=number, parse_float=number))
 
 
 def names_a_record(message: str, document: list[Any], faulty: list[int]) -> bool:
     """Whether a message has the key or the number of one of these records."""
     for index in faulty:
         record = document[index]
-        if isinstance(record, dict) and depth(record) < DEEP:
+        if isinstance(record, dict):
             key = shorten(json.loads(written(record["id"]), parse_float=Decimal))
             if re.search(rf"\b(item_)?id={re.escape(key)}", message):
                 return True
@@ -589,25 +544,25 @@ def names_a_record(message: str, document: list[Any], faulty: list[int]) -> bool
     return False
 
 
-LAYOUTS = st.sampled_from(["array", "spaced", "lines"])
+# The usual ones first, which Hypothesis takes most often.
 SIZES = st.fixed_dictionaries(
     {
-        "CHUNK_RECORDS": st.sampled_from([1, 3, 7]),
-        "CHUNK_PIECES": st.sampled_from([1, 2, 3]),
-        "READ_CHARACTERS": st.sampled_from([1, 7, 64, 1 << 20]),
+        "CHUNK_RECORDS": st.sampled_from([7, 3, 1]),
+        "CHUNK_PIECES": st.sampled_from([3, 2, 1]),
+        "READ_CHARACTERS": st.sampled_from([1 << 20, 64, 7]),
     }
 )
 
 
 def check(
-    document: list[Any], changes: dict[str, int], ascii_only: bool = True, layout: str = "array"
+    document: list[Any], changes: dict[str, int], ascii_only: bool = True, as_lines: bool = False
 ) -> bool:
     """Checks one document; returns whether it was accepted."""
     rows, faulty = all_expected(document)
     message = ""
     with sizes(**changes):
         try:
-            found = transformed(laid_out(document, ascii_only, layout).encode())
+            found = transformed(laid_out(document, ascii_only, as_lines).encode())
         except PipelineError as error:
             message = str(error)
     if message:
@@ -616,28 +571,23 @@ def check(
         assert len(message) < 1000
         assert message.encode()  # no lone surrogate, which could not be printed
         return False
-    if any(depth(document[index]) >= DEEP for index in faulty):
-        return False
     assert not faulty, f"accepted, although records {faulty} do not fit"
     for table, wanted in rows.items():
         for left, right in zip(found[table], wanted, strict=True):
             for name in right:
-                assert same(left[name], right[name]), (table, name, left[name], right[name])
+                assert exact(left[name]) == exact(right[name]), (table, name)
     return True
 
 
 # --- tests ---------------------------------------------------------------------------------------
 
 
-@share(70)
-@given(documents(), SIZES, st.booleans(), LAYOUTS)
+@share(85)
+@given(documents(), SIZES, st.booleans(), st.booleans())
 def test_any_document(
-    document: list[Any], changes: dict[str, int], ascii_only: bool, layout: str
+    document: list[Any], changes: dict[str, int], ascii_only: bool, as_lines: bool
 ) -> None:
-    check(document, changes, ascii_only, layout)
-
-
-LONG_TEXTS = st.builds(lambda text, times: text * times, TEXTS, st.sampled_from([1, 3, 30]))
+    check(document, changes, ascii_only, as_lines)
 
 
 def document_with(value: Any, place: str) -> list[Any]:
@@ -646,12 +596,6 @@ def document_with(value: Any, place: str) -> list[Any]:
     other["box"] = {"inner": {}, "parts": [{"sku": "a", "size": {}}]}
     put(other, place, value)
     return [one, other]
-
-
-@share(15)
-@given(ODD_NUMBERS | ODD_TIMES | JSON | LONG_TEXTS, st.sampled_from(PLACES[1:]))
-def test_one_value_of_any_kind(value: Any, place: str) -> None:
-    check(document_with(value, place), {})
 
 
 @pytest.mark.parametrize("place", PLACES[1:])
@@ -663,38 +607,37 @@ def test_each_kind_of_value(place: str) -> None:
         check(document_with(value, place), {})
 
 
-@pytest.mark.parametrize("batch", [1, 2, 3])
-def test_loaded_into_the_tables(sandbox: Sandbox, tmp_path: Path, batch: int) -> None:
+def test_loaded_into_the_tables(sandbox: Sandbox, tmp_path: Path) -> None:
     """Documents that are accepted, put together, through S3 and COPY into the tables."""
     together: list[Any] = []
 
-    @seed(batch)
-    @settings(share(5), suppress_health_check=list(HealthCheck), database=None)
-    @given(documents(faults=batch - 1))
+    @share(15)
+    @given(documents(faults=1))
     def collect(document: list[Any]) -> None:
         if check(document, {}):
             together.extend(document)
 
     collect()
-    assert len(together) >= 20
+    assert len(together) >= 50
     for number, record in enumerate(together):
-        record["id"] = f"{batch}.{number}"
+        record["id"] = f"{number}"
     rows, faulty = all_expected(together)
     assert not faulty
     source = tmp_path / "source.json"
-    source.write_text(written(together, ascii_only=bool(batch % 2)), encoding="utf-8")
+    source.write_text(written(together, ascii_only=False), encoding="utf-8")
     loaded(sandbox, *shipped(tmp_path, {"tables": TABLES}), "--source", source)
     for table in CONFIG.tables:
-        stored, wanted = (
+        found, wanted = (
             {tuple(row[name] for name in table.key): row for row in some}
             for some in (sandbox.query(f"SELECT * FROM {table.name}"), rows[table.name])
         )
-        assert stored.keys() == wanted.keys()
+        assert found.keys() == wanted.keys()
         for key, row in wanted.items():
             for column in table.columns:
-                value = stored[key][column.name]
-                if column.kind == "timestamp" and value is not None:
+                value, kind = found[key][column.name], column.kind
+                if kind == "timestamp" and value is not None:
                     value = value.replace(tzinfo=UTC)
-                if column.kind == "real" and value is not None:
+                if kind == "real" and value is not None:
                     value = single(value)
-                assert same(value, row[column.name], stored=True), (table.name, key, column.name)
+                form = stored if kind == "super" else exact
+                assert form(value) == form(row[column.name]), (table.name, key, column.name)

@@ -11,17 +11,15 @@ import contextlib
 import json
 import random
 import re
-import ssl
 from ast import literal_eval
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from fnmatch import fnmatchcase
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-import boto3
 import cfnlint
 import pytest
 import urllib3
@@ -31,7 +29,7 @@ from moto.secretsmanager.models import secretsmanager_backends
 from moto.secretsmanager.utils import random_password
 
 from helpers import forward
-from sandbox import DATABASE, REGION, ROOT, SAMPLE, SECRET, LocalServer, Sandbox, answer
+from sandbox import DATABASE, REGION, ROOT, SAMPLE, SECRET, LocalServer, Sandbox, Source, answer
 from sequra_challenge import main
 
 STACK = ROOT / "conf" / "aws" / "stack.yaml"
@@ -43,13 +41,9 @@ USER = "etl"
 
 
 class Server(LocalServer):
-    """An HTTP server on loopback, or with ``tls`` an HTTPS server; use it as a context manager."""
+    """An HTTP server on loopback; use it as a context manager."""
 
-    def __init__(
-        self,
-        handle: Callable[[BaseHTTPRequestHandler, bytes], None],
-        tls: ssl.SSLContext | None = None,
-    ) -> None:
+    def __init__(self, handle: Callable[[BaseHTTPRequestHandler, bytes], None]) -> None:
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"  # or botocore waits for the answer to its Expect header
 
@@ -62,9 +56,6 @@ class Server(LocalServer):
                 pass
 
         super().__init__(Handler)
-        if tls:
-            self.server.socket = tls.wrap_socket(self.server.socket, server_side=True)
-        self.url = f"http{'s' if tls else ''}://localhost:{self.server.server_port}"
 
 
 # --- instance metadata --------------------------------------------------------------------------
@@ -99,18 +90,6 @@ class Metadata(Server):
             answer(request, 401)
         else:
             answer(request, 200 if document else 404, (document or "").encode())
-
-
-class Slack(Server):
-    """Incoming webhooks; ``posts`` are the messages."""
-
-    def __init__(self, tls: ssl.SSLContext) -> None:
-        super().__init__(self.handle, tls)
-        self.posts: list[str] = []
-
-    def handle(self, request: BaseHTTPRequestHandler, body: bytes) -> None:
-        self.posts.append(body.decode())
-        answer(request, 200, b"ok")
 
 
 # --- IAM ----------------------------------------------------------------------------------------
@@ -214,105 +193,84 @@ def as_list(value: Any) -> list[Any]:
 # --- the stack ----------------------------------------------------------------------------------
 
 
-class Secret(CloudFormationModel):
-    """AWS::SecretsManager::Secret, which moto's CloudFormation does not know."""
+POLICIES: dict[str, Any] = {}  # of buckets, by their names
+PROVIDERS: list[str] = []  # their URLs
+MADE_PROVIDER = "arn:aws:iam::123456789012:oidc-provider/made"
 
-    __module__ = "moto.secretsmanager.models"  # from which moto tells the service
 
-    def __init__(self, arn: str) -> None:
-        self.physical_resource_id = arn
+def teach(
+    kind: str, module: str, create: Callable[[str, Any, str, str], str]
+) -> type[CloudFormationModel]:
+    """Lets moto's CloudFormation make a kind of resource that it does not know, and give its id."""
 
-    @staticmethod
-    def cloudformation_name_type() -> str:
-        return "Name"
+    class Model(CloudFormationModel):
+        __module__ = f"moto.{module}.models"  # from which moto tells the service
+        physical_resource_id = ""
 
-    @staticmethod
-    def cloudformation_type() -> str:
-        return "AWS::SecretsManager::Secret"
+        @staticmethod
+        def cloudformation_name_type() -> str:
+            return "Name"
 
-    @classmethod
-    def create_from_cloudformation_json(
-        cls,
-        resource_name: str,
-        cloudformation_json: Any,
-        account_id: str,
-        region_name: str,
-        **_: Any,
-    ) -> Secret:
-        properties = cloudformation_json["Properties"]
-        text = properties.get("SecretString")
-        if generate := properties.get("GenerateSecretString"):
-            without = ("Characters", "Numbers", "Punctuation", "Uppercase", "Lowercase")
-            password = random_password(  # type: ignore[misc]
-                generate["PasswordLength"],
-                *(generate.get(f"Exclude{what}", "") for what in without),
-                include_space=False,
-                require_each_included_type=True,
-            )
-            values = json.loads(generate["SecretStringTemplate"])
-            text = json.dumps(values | {generate["GenerateStringKey"]: password})
-        made = secretsmanager_backends[account_id][region_name].create_secret(
-            resource_name, text, None, None, [], properties.get("KmsKeyId"), None, [], False
+        @staticmethod
+        def cloudformation_type() -> str:
+            return kind
+
+        @classmethod
+        def create_from_cloudformation_json(
+            cls,
+            resource_name: str,
+            cloudformation_json: Any,
+            account_id: str,
+            region_name: str,
+            **_: Any,
+        ) -> Model:
+            made, properties = cls(), cloudformation_json["Properties"]
+            made.physical_resource_id = create(resource_name, properties, account_id, region_name)
+            return made
+
+    return Model
+
+
+def make_secret(name: str, properties: Any, account_id: str, region_name: str) -> str:
+    text = properties.get("SecretString")
+    if generate := properties.get("GenerateSecretString"):
+        without = ("Characters", "Numbers", "Punctuation", "Uppercase", "Lowercase")
+        password = random_password(  # type: ignore[misc]
+            generate["PasswordLength"],
+            *(generate.get(f"Exclude{what}", "") for what in without),
+            include_space=False,
+            require_each_included_type=True,
         )
-        return cls(json.loads(made)["ARN"])
+        values = json.loads(generate["SecretStringTemplate"])
+        text = json.dumps(values | {generate["GenerateStringKey"]: password})
+    made = secretsmanager_backends[account_id][region_name].create_secret(
+        name, text, None, None, [], properties.get("KmsKeyId"), None, [], False
+    )
+    return str(json.loads(made)["ARN"])
 
 
-class BucketPolicy(CloudFormationModel):
-    """AWS::S3::BucketPolicy, which moto's CloudFormation does not know either."""
-
-    __module__ = "moto.s3.models"
-
-    physical_resource_id = "policy"
-    documents: ClassVar[dict[str, Any]] = {}  # by the bucket's name
-
-    @staticmethod
-    def cloudformation_name_type() -> str:
-        return ""
-
-    @staticmethod
-    def cloudformation_type() -> str:
-        return "AWS::S3::BucketPolicy"
-
-    @classmethod
-    def create_from_cloudformation_json(
-        cls, resource_name: str, cloudformation_json: Any, *_: Any, **__: Any
-    ) -> BucketPolicy:
-        properties = cloudformation_json["Properties"]
-        cls.documents[properties["Bucket"]] = properties["PolicyDocument"]
-        return cls()
+def make_policy(_name: str, properties: Any, *_: str) -> str:
+    POLICIES[properties["Bucket"]] = properties["PolicyDocument"]
+    return "policy"
 
 
-class GitHub(CloudFormationModel):
-    """AWS::IAM::OIDCProvider, nor this."""
+def make_provider(_name: str, properties: Any, *_: str) -> str:
+    PROVIDERS.append(properties["Url"])
+    return MADE_PROVIDER
 
-    __module__ = "moto.iam.models"
 
-    physical_resource_id = "arn:aws:iam::123456789012:oidc-provider/made"
-    made: ClassVar[list[Any]] = []
-
-    @staticmethod
-    def cloudformation_name_type() -> str:
-        return ""
-
-    @staticmethod
-    def cloudformation_type() -> str:
-        return "AWS::IAM::OIDCProvider"
-
-    @classmethod
-    def create_from_cloudformation_json(
-        cls, resource_name: str, cloudformation_json: Any, *_: Any, **__: Any
-    ) -> GitHub:
-        cls.made.append(cloudformation_json["Properties"])
-        return cls()
+TAUGHT = [  # moto finds them as long as they are referred to
+    teach("AWS::SecretsManager::Secret", "secretsmanager", make_secret),
+    teach("AWS::S3::BucketPolicy", "s3", make_policy),
+    teach("AWS::IAM::OIDCProvider", "iam", make_provider),
+]
 
 
 class Stack:
     """The stack, created in the sandbox; ``lines`` are those for conf/pipeline.yaml."""
 
-    def __init__(
-        self, sandbox: Sandbox, slack: str, folder: Path, given: dict[str, str] | None = None
-    ) -> None:
-        self.sandbox, self.key = sandbox, (given or {}).get("KmsKey", "")
+    def __init__(self, sandbox: Sandbox, slack: str, folder: Path, given: dict[str, str]) -> None:
+        self.sandbox, self.key = sandbox, given.get("KmsKey", "")
         parameters = {
             "Host": sandbox.redshift.host,
             "Port": str(sandbox.redshift.port),
@@ -320,7 +278,7 @@ class Stack:
             "DatabaseUser": USER,
             "AlertEmail": "etl@example.org",
             "SlackWebhook": slack,
-        } | (given or {})
+        } | given
         formation = sandbox.client("cloudformation")
         name = formation.create_stack(
             StackName=f"spacex-{random.randrange(10**9)}",
@@ -366,7 +324,7 @@ class Stack:
         for statement in self.statements[role]:
             assert statement.keys() == {"Effect", "Action", "Resource"}
             assert statement["Effect"] == "Allow"
-        for statement in BucketPolicy.documents[self.bucket]["Statement"]:
+        for statement in POLICIES[self.bucket]["Statement"]:
             assert (statement["Effect"], statement["Principal"]) == ("Deny", "*")
             assert statement["Condition"] == {"Bool": {"aws:SecureTransport": "false"}}
             if not tls and covers(statement, action, resource):
@@ -376,35 +334,43 @@ class Stack:
     def secret_arn(self, name: str) -> str:
         return str(self.sandbox.secrets.describe_secret(SecretId=name)["ARN"])
 
-    def client(self, service: str, role: str, gateway: Gateway) -> Any:
-        """A client with the rights of a role."""
-        keys = self.keys[role]
-        return boto3.client(
-            service,
-            endpoint_url=gateway.url,
-            region_name=REGION,
-            aws_access_key_id=keys["AccessKeyId"],
-            aws_secret_access_key=keys["SecretAccessKey"],
-            aws_session_token=keys["SessionToken"],
-        )
+    def password(self) -> str:
+        """The database user's, from the stack's secret."""
+        secret = self.sandbox.secrets.get_secret_value(SecretId=self.outputs["Secret"])
+        return str(json.loads(secret["SecretString"])["PASSWORD"])
 
 
 @pytest.fixture
-def slack(sandbox: Sandbox) -> Iterator[Slack]:
-    with Slack(sandbox.redshift.tls) as slack:
+def slack(sandbox: Sandbox) -> Iterator[Source]:
+    with Source("/services/x", b"ok") as slack:
+        server = slack.server
+        server.socket = sandbox.redshift.tls.wrap_socket(server.socket, server_side=True)
+        slack.url = f"https://localhost:{server.server_port}/services/x"
         yield slack
 
 
 @pytest.fixture
-def stack(sandbox: Sandbox, slack: Slack, request: pytest.FixtureRequest, tmp_path: Path) -> Stack:
-    return Stack(sandbox, f"{slack.url}/services/x", tmp_path, getattr(request, "param", None))
+def make_stack(sandbox: Sandbox, slack: Source, tmp_path: Path) -> Callable[..., Stack]:
+    return lambda **given: Stack(sandbox, slack.url, tmp_path, given)
+
+
+@pytest.fixture
+def stack(make_stack: Callable[..., Stack], request: pytest.FixtureRequest) -> Stack:
+    return make_stack(**getattr(request, "param", {}))
 
 
 @pytest.fixture
 def gateway(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gateway]:
     """IAM for the program and for the COPY of the stand-in for Redshift."""
     with Gateway(stack) as gateway:
-        s3 = stack.client("s3", "CopyRole", gateway)
+        keys = stack.keys["CopyRole"]
+        s3 = stack.sandbox.client(
+            "s3",
+            endpoint_url=gateway.url,
+            aws_access_key_id=keys["AccessKeyId"],
+            aws_secret_access_key=keys["SecretAccessKey"],
+            aws_session_token=keys["SessionToken"],
+        )
         monkeypatch.setattr(stack.sandbox.redshift, "s3", s3)
         yield gateway
 
@@ -460,10 +426,15 @@ def test_cfn_lint_finds_nothing() -> None:
     assert [str(match) for match in found] == []
 
 
-def test_what_is_optional_is_left_out(stack: Stack) -> None:
+def test_what_is_optional_is_left_out(make_stack: Callable[..., Stack]) -> None:
+    stack = make_stack()
     assert {"LogGroup", "DeployRole", "GitHub"} & stack.resources.keys() == set()
     assert {"LogGroup", "GitHubVariables"} & stack.outputs.keys() == set()
     assert trusted(stack, "InstanceRole") == {"Service": "ec2.amazonaws.com"}
+    stack = make_stack(RunsOn="ecs-tasks.amazonaws.com")
+    assert trusted(stack, "InstanceRole") == {"Service": "ecs-tasks.amazonaws.com"}
+    assert stack.outputs["Role"] == stack.roles["InstanceRole"]["Arn"]
+    assert "InstanceProfile" not in stack.resources
 
 
 def trusted(stack: Stack, role: str) -> dict[str, str]:
@@ -471,9 +442,9 @@ def trusted(stack: Stack, role: str) -> dict[str, str]:
     return dict(statement["Principal"])
 
 
-def test_a_log_group_for_each_stack(sandbox: Sandbox, slack: Slack, tmp_path: Path) -> None:
+def test_a_log_group_for_each_stack(sandbox: Sandbox, make_stack: Callable[..., Stack]) -> None:
     """A second stack makes another one, since the first one's is kept."""
-    stacks = [Stack(sandbox, slack.url, tmp_path, {"WithLogGroup": "true"}) for _ in range(2)]
+    stacks = [make_stack(WithLogGroup="true") for _ in range(2)]
     names = [stack.outputs["LogGroup"] for stack in stacks]
     assert len({*names}) == 2
     found = sandbox.client("logs").describe_log_groups()["logGroups"]
@@ -499,35 +470,24 @@ def test_session_manager() -> None:
     assert given["Fn::If"] == ["HasSessionManager", {"Fn::Sub": arn}, {"Ref": "AWS::NoValue"}]
 
 
-def test_another_service_than_ec2(sandbox: Sandbox, slack: Slack, tmp_path: Path) -> None:
-    stack = Stack(sandbox, slack.url, tmp_path, {"RunsOn": "ecs-tasks.amazonaws.com"})
-    assert trusted(stack, "InstanceRole") == {"Service": "ecs-tasks.amazonaws.com"}
-    assert stack.outputs["Role"] == stack.roles["InstanceRole"]["Arn"]
-    assert "InstanceProfile" not in stack.resources
-
-
 PROVIDER = "arn:aws:iam::123456789012:oidc-provider/token.actions.githubusercontent.com"
 
 
 @pytest.mark.parametrize(
     ("given", "provider"),
-    [({}, GitHub.physical_resource_id), ({"GitHubProvider": PROVIDER, "KmsKey": KEY}, PROVIDER)],
+    [({}, MADE_PROVIDER), ({"GitHubProvider": PROVIDER, "KmsKey": KEY}, PROVIDER)],
     ids=["a new provider", "the account's provider and a KMS key"],
 )
 def test_github_may_deploy_and_no_more(
-    sandbox: Sandbox, slack: Slack, tmp_path: Path, given: dict[str, str], provider: str
+    make_stack: Callable[..., Stack], given: dict[str, str], provider: str
 ) -> None:
-    GitHub.made.clear()
-    repository = {"GitHubRepository": "octo@12/etl@34"}
-    stack = Stack(sandbox, slack.url, tmp_path, repository | given)
-    assert [made["Url"] for made in GitHub.made] == (
-        [] if "GitHubProvider" in given else ["https://token.actions.githubusercontent.com"]
-    )
+    PROVIDERS.clear()
+    stack = make_stack(GitHubRepository="octo@12/etl@34", **given)
+    issuer, job = "token.actions.githubusercontent.com", DEPLOY["jobs"]["deploy"]
+    assert [f"https://{issuer}"] * (provider == MADE_PROVIDER) == PROVIDERS
     (trust,) = stack.roles["DeployRole"]["AssumeRolePolicyDocument"]["Statement"]
     assert trust["Principal"] == {"Federated": provider}
     assert trust["Action"] == "sts:AssumeRoleWithWebIdentity"
-    issuer = "token.actions.githubusercontent.com"
-    job = DEPLOY["jobs"]["deploy"]
     subject = f"repo:octo@12/etl@34:environment:{job['environment']}"
     expected = {f"{issuer}:aud": "sts.amazonaws.com", f"{issuer}:sub": subject}
     assert trust["Condition"] == {"StringEquals": expected}
@@ -570,13 +530,12 @@ def test_on_an_instance_with_the_stacks_role(
     sandbox: Sandbox,
     stack: Stack,
     gateway: Gateway,
-    slack: Slack,
+    slack: Source,
     instance: dict[str, str | None],
     create_user: Callable[[str], None],
 ) -> None:
     """Credentials and region from IMDSv2, the outputs as configuration, every request allowed."""
-    secret = sandbox.secrets.get_secret_value(SecretId=stack.outputs["Secret"])["SecretString"]
-    create_user(json.loads(secret)["PASSWORD"])
+    create_user(stack.password())
     launches = json.loads(SAMPLE.read_bytes())
     # So long, compressed as well, that it is uploaded in parts.
     launches[0]["noise"] = base64.b64encode(random.randbytes(9 << 20)).decode()
@@ -607,7 +566,7 @@ def test_on_an_instance_with_the_stacks_role(
         assert done.returncode == 1
         assert "broken by the test" in done.stderr
         assert "broken by the test" in received()
-        assert "broken by the test" in "".join(slack.posts)
+        assert b"broken by the test" in b"".join(slack.posted)
 
     granted = {
         role: {action for each in statements for action in as_list(each["Action"])}
@@ -644,28 +603,25 @@ def alerts(stack: Stack) -> Iterator[Callable[[], str]]:
     sqs.delete_queue(QueueUrl=queue)
 
 
-def test_the_roles_can_do_nothing_else(sandbox: Sandbox, stack: Stack, gateway: Gateway) -> None:
+def test_the_roles_can_do_nothing_else(stack: Stack) -> None:
     """Neither with another bucket, another prefix, another secret nor another topic."""
     theirs = f"arn:aws:s3:::{stack.bucket}"
-    topic = stack.lines["alerts"]["sns_topic"]
-    for action, resource in [
-        ("s3:GetObject", "arn:aws:s3:::my-data-bucket/spacex/raw/response.json.gz"),
-        ("s3:PutObject", f"{theirs}/other/raw/response.json.gz"),
-        ("s3:DeleteObject", f"{theirs}/spacex/raw/response.json.gz"),
-        ("s3:ListBucket", theirs),
-        ("secretsmanager:GetSecretValue", stack.secret_arn("redshift/spacex")),
-        ("secretsmanager:PutSecretValue", stack.outputs["Secret"]),
-        ("sns:Publish", f"{topic}-2"),
-        ("sns:Subscribe", topic),
-    ]:
-        assert not stack.allows("InstanceRole", action, resource)
-    for action, resource in [
-        ("s3:GetObject", "arn:aws:s3:::my-data-bucket/spacex/raw/response.json.gz"),
-        ("s3:PutObject", f"{theirs}/spacex/raw/response.json.gz"),
-        ("secretsmanager:GetSecretValue", stack.outputs["Secret"]),
-    ]:
-        assert not stack.allows("CopyRole", action, resource)
     raw = f"{theirs}/spacex/raw/response.json.gz"
+    topic, secret = stack.lines["alerts"]["sns_topic"], stack.outputs["Secret"]
+    for role, action, resource in [
+        ("InstanceRole", "s3:GetObject", raw.replace(stack.bucket, "my-data-bucket")),
+        ("InstanceRole", "s3:PutObject", raw.replace("spacex", "other")),
+        ("InstanceRole", "s3:DeleteObject", raw),
+        ("InstanceRole", "s3:ListBucket", theirs),
+        ("InstanceRole", "secretsmanager:GetSecretValue", stack.secret_arn(SECRET)),
+        ("InstanceRole", "secretsmanager:PutSecretValue", secret),
+        ("InstanceRole", "sns:Publish", f"{topic}-2"),
+        ("InstanceRole", "sns:Subscribe", topic),
+        ("CopyRole", "s3:GetObject", raw.replace(stack.bucket, "my-data-bucket")),
+        ("CopyRole", "s3:PutObject", raw),
+        ("CopyRole", "secretsmanager:GetSecretValue", secret),
+    ]:
+        assert not stack.allows(role, action, resource)
     assert stack.allows("InstanceRole", "s3:GetObject", raw)
     assert not stack.allows("InstanceRole", "s3:GetObject", raw, tls=False)
 
@@ -711,8 +667,7 @@ def test_access_denied_is_explained(
     instance: dict[str, str | None],
     create_user: Callable[[str], None],
 ) -> None:
-    secret = sandbox.secrets.get_secret_value(SecretId=stack.outputs["Secret"])["SecretString"]
-    create_user(json.loads(secret)["PASSWORD"])
+    create_user(stack.password())
     stack.config.write_text(stack.config.read_text().replace(stack.bucket, "my-data-bucket"))
     done = sandbox.run("--config", stack.config, **instance)
     assert done.returncode == 1
