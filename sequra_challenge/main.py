@@ -22,7 +22,6 @@ import io
 import json
 import logging
 import math
-import multiprocessing
 import os
 import platform
 import random
@@ -39,12 +38,12 @@ import threading
 import time
 import zlib
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
 from datetime import UTC, datetime, timedelta
 from decimal import Context, Decimal, DecimalException, Inexact, InvalidOperation
 from functools import cached_property, partial
-from itertools import chain, starmap
+from itertools import chain, islice, starmap
 from logging.handlers import MemoryHandler
 from multiprocessing.pool import AsyncResult, ThreadPool
 from pathlib import Path
@@ -73,7 +72,7 @@ CHUNKS_AHEAD = 3  # of the thread that compresses and uploads
 GZIP_LEVEL = 4
 LOAD_TRIES = 4
 ANSWER_MARGIN = 30  # seconds after a statement's time-out until the connection is given up
-ALERT_SECONDS = 5  # to look at the tables for an alert, and to send it
+ALERT_SECONDS = 5  # for each channel that is told
 PROGRESS_SECONDS = 5
 
 Records = list[dict[str, Any]]
@@ -148,6 +147,7 @@ NAME = r"[a-z_][a-z0-9_]{0,126}"  # what Redshift can hold: it folds names to lo
 PATH = r"(\\.|[^.])+(\.(\\.|[^.])+)*"  # a.b; a dot in a name is \., a backslash \\
 ROLE = r"arn:aws[\w-]*:iam::\d{12}:role/[\w+=.@/-]+"
 SECRET = r"[\w/+=.@:-]+"
+PORT = r"\d{1,4}|[1-5]\d{4}|6[0-4]\d{3}|65[0-4]\d\d|655[0-2]\d|6553[0-5]"
 HOST = r"[\w-]{1,63}(\.[\w-]{1,63})*"
 TYPE = (
     r"(boolean|smallint|integer|bigint|real|double precision|decimal\(\d{1,2},\d{1,2}\)"
@@ -200,7 +200,7 @@ class Redshift:
 
     secret: str = setting(SECRET)
     host: str = setting(HOST, "")  # this and the next two where the secret does not say
-    port: int = setting(r"\d{1,5}", 5439)
+    port: int = setting(PORT, 5439)
     database: str = setting(r".+", "")
     copy_role: str | None = setting(rf"{ROLE}(,{ROLE})*", None)  # or $AWS_ROLE_ARN
     audit_table: str = setting(rf"{NAME}\.{NAME}", "public.etl_runs")
@@ -679,16 +679,19 @@ class Request:
         return f"{'POST' if self.body else 'GET'} {masked(self.url)}"
 
 
-def extract(config: Config, folder: Path, figures: Figures) -> Path:
-    """Fetches the source (http, https, s3 or a local file) and returns the file that holds it."""
+def extract(config: Config, folder: Path, figures: Figures, pages: int | None = None) -> Path:
+    """Fetches the source (http, https, s3 or a local file) and returns the file that holds it.
+
+    Where it answers page by page, no more than so many of them.
+    """
     source, target = config.source, folder / "response"
     hide_credentials(source.url, source.headers)
     if is_http(source.url):
         absolute_url("", source.url, "source.url")
         with http_session(source.headers) as session:
             if source.records or source.next or source.body:
-                pages = read_pages(session, source, target, figures)
-                return write_pages(pages, config, folder, figures)
+                found = islice(read_pages(session, source, target, figures), pages)
+                return write_pages(found, config, folder, figures)
             download(session, Request(source.url), target, source, figures)
     elif source.url.startswith("s3://"):
         bucket, _, key = source.url.removeprefix("s3://").partition("/")
@@ -766,6 +769,7 @@ def download(session: Any, request: Request, file: Path, source: Source, figures
     """
     method, body = ("POST", json.loads(request.body)) if request.body else ("GET", None)
     ask = partial(session.request, method, request.url, stream=True, timeout=HTTP_TIMEOUT)
+    too_long = f"{request}: no end after source.answer_seconds, {source.answer_seconds} s"
     before = figures.get("bytes", 0)
     errors = requests.RequestException, urllib3.exceptions.HTTPError, ValueError, *BROKEN_GZIP
     tries, failures, give_up = 0, 0, time.monotonic() + source.max_wait
@@ -773,7 +777,7 @@ def download(session: Any, request: Request, file: Path, source: Source, figures
         tries, status = tries + 1, 0
         wait = min(2**tries, 60) * random.uniform(0.5, 1)
         try:
-            with limit_seconds(source.answer_seconds, str(request)), ask(json=body) as response:
+            with limit_seconds(source.answer_seconds, too_long), ask(json=body) as response:
                 status = response.status_code
                 with contextlib.suppress(urllib3.exceptions.HTTPError, ValueError, OverflowError):
                     wait = urllib3.Retry().get_retry_after(response.raw) or wait
@@ -809,11 +813,11 @@ def download(session: Any, request: Request, file: Path, source: Source, figures
 
 
 @contextlib.contextmanager
-def limit_seconds(seconds: int, what: str) -> Iterator[None]:
-    """Raises PipelineError inside after so long: a source that drips keeps all other time-outs."""
+def limit_seconds(seconds: int, message: str) -> Iterator[None]:
+    """Raises PipelineError inside after so long: who drips keeps all other time-outs."""
 
     def end(*_: Any) -> None:
-        raise PipelineError(f"{what}: no end after source.answer_seconds, {seconds} s")
+        raise PipelineError(message)
 
     signal.signal(signal.SIGALRM, end)
     signal.setitimer(signal.ITIMER_REAL, seconds, 1)  # again, if an except: swallows the first
@@ -1577,9 +1581,6 @@ def compress_raw(body: Path, folder: Path) -> tuple[Path, str]:
     return raw, digest.hexdigest()
 
 
-_aws_lock = threading.Lock()  # boto3 makes clients for one thread at a time
-
-
 def aws_client(service: str, region: str | None = None) -> Any:
     """A client in $AWS_REGION, the profile's region, or else the region of the EC2 instance."""
     session = botocore.session.get_session()
@@ -1591,8 +1592,7 @@ def aws_client(service: str, region: str | None = None) -> Any:
     tries, seconds = {"s3": (10, 60), "sts": (1, 10)}.get(service, (3, 10))
     retries = {"mode": "standard", "total_max_attempts": tries}
     settings = botocore.config.Config(retries=retries, connect_timeout=10, read_timeout=seconds)
-    with _aws_lock:
-        return boto3.client(service, region_name=region, config=settings)
+    return boto3.client(service, region_name=region, config=settings)
 
 
 def bucket_client(bucket: str) -> Any:
@@ -1653,18 +1653,14 @@ def read_credentials(redshift: Redshift) -> dict[str, Any]:
     except (ValueError, TypeError, AttributeError):
         raise PipelineError(f"the secret {secret} is not a JSON object") from None
     values = {"database": values.get("dbname"), "user": values.get("username")} | values
-    names = ("host", "port", "database", "user", "password")
-    login = {name: str(values.get(name) or getattr(redshift, name, "")) for name in names}
-    missing = ", ".join(name.upper() for name, value in login.items() if not value)
-    if missing:
+    rules = {"host": HOST, "port": PORT, "database": ".+", "user": ".+", "password": ".+"}
+    login = {name: str(values.get(name) or getattr(redshift, name, "")) for name in rules}
+    proper = {
+        n for n, rule in rules.items() if re.fullmatch(rule, login[n]) and login[n].isprintable()
+    }
+    if lacking := ", ".join(name.upper() for name in rules if name not in proper):
         also = "redshift.host and redshift.database may be set in the configuration instead"
-        raise PipelineError(f"the secret {secret} lacks {missing}; {also}")
-    if not re.fullmatch(r"\d{1,5}", login["port"]) or int(login["port"]) > 65_535:
-        raise PipelineError(f"the secret {secret} has a PORT that is no number up to 65535")
-    if not "".join(login.values()).isprintable():  # \ud800, say, which UTF-8 cannot hold
-        raise PipelineError(f"the secret {secret} has a character that cannot be sent")
-    if not re.fullmatch(HOST, login["host"], re.ASCII):
-        raise PipelineError(f"the secret {secret} has a HOST that is no host name")
+        raise PipelineError(f"the secret {secret} has no {lacking}, or none that can be; {also}")
     hide(login["password"])
     return login | {"port": int(login["port"])}
 
@@ -2072,19 +2068,10 @@ def refuse_shrinking(run: Run, table: Table, before: int) -> None:
 # --- notify -------------------------------------------------------------------------------------
 
 
-def channels(alerts: Alerts, event: str) -> dict[str, str]:
-    """The channels that hear of an event (failure, success or test), and where each sends."""
-    people = {"slack": alerts.slack_webhook_secret, "sns": alerts.sns_topic}
-    found = people if event in (*alerts.on, "test") else {}
-    if event != "failure":
-        found = found | {"heartbeat": alerts.heartbeat_url}
-    return {name: target for name, target in found.items() if target}
-
-
 def tell(alerts: Alerts, event: str, what: str, lines: Sequence[str] = ()) -> dict[str, str]:
-    """Tells all who hear of the event, which never changes how the run ended.
+    """Tells all who hear of an event (failure, success or test); returns who was told.
 
-    Logs and returns what failed, by channel; "" where nothing did.
+    That is for each channel what failed, or "". It never changes how the run ended.
     """
     ended = {"success": "succeeded", "failure": "failed"}.get(event, "runs")
     subject = f"{context['pipeline']} {ended} on {socket.gethostname()}"
@@ -2092,29 +2079,21 @@ def tell(alerts: Alerts, event: str, what: str, lines: Sequence[str] = ()) -> di
     context["step"] = "alerts"
     text = "\n".join([f"{subject}: {what}", *lines])
     message = event, escaped(masked(subject)), escaped(masked(text))
-    senders = {"slack": send_slack, "sns": send_sns, "heartbeat": send_heartbeat}
-    to = channels(alerts, event).items()
-    failures = in_time({name: partial(senders[name], target, *message) for name, target in to})
-    for name, failure in failures.items():
-        if failure:
-            log.warning("%s: %s", name, failure)
+    people_hear, failures = event in (*alerts.on, "test"), dict[str, str]()
+    for channel, send, target, hears in (
+        ("slack", send_slack, alerts.slack_webhook_secret, people_hear),
+        ("sns", send_sns, alerts.sns_topic, people_hear),
+        ("heartbeat", send_heartbeat, alerts.heartbeat_url, event != "failure"),
+    ):
+        if target and hears:
+            failures[channel] = ""
+            try:
+                with limit_seconds(ALERT_SECONDS, f"no end after {ALERT_SECONDS} seconds"):
+                    send(target, *message)
+            except Exception as error:
+                failures[channel] = masked(error_text(error))
+                log.warning("%s: %s", channel, failures[channel])
     return failures
-
-
-def in_time(calls: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
-    """Calls all at once; gives what each returns, or a text with what failed or took too long."""
-    give_up, results = time.monotonic() + ALERT_SECONDS, dict[str, Any]()
-    threads = ThreadPool(len(calls) or 1)  # which does not keep the program from ending
-    pending = {name: threads.apply_async(call) for name, call in calls.items()}
-    threads.close()
-    for name, result in pending.items():
-        try:
-            results[name] = result.get(max(0, give_up - time.monotonic()))
-        except multiprocessing.TimeoutError:
-            results[name] = f"no answer within {ALERT_SECONDS} seconds"
-        except Exception as error:
-            results[name] = masked(error_text(error))
-    return results
 
 
 def send_slack(secret: str, event: str, _subject: str, text: str) -> None:
@@ -2147,25 +2126,6 @@ def send_heartbeat(url: str, _event: str, _subject: str, _text: str) -> None:
         session.get(url, timeout=ALERT_SECONDS).raise_for_status()
 
 
-def tables_now(config: Config) -> list[str]:
-    """A line for each table: how many rows are in it, and which run loaded the last of them."""
-    now = in_time({"tables": partial(look_at_tables, config)})["tables"]
-    return now if isinstance(now, list) else [f"tables: not known, {now}"]
-
-
-def look_at_tables(config: Config) -> list[str]:
-    """Asks Redshift, once, for the lines of ``tables_now``."""
-    lines = []
-    with session(replace(config.redshift, connect_seconds=0)) as cursor:
-        for table in config.tables:
-            now = "does not exist"
-            if exists(cursor, table):
-                sql = f'SELECT count(*), max("_run_id") FROM {quoted(table.name)}'
-                now = "{} rows, unchanged since run {}".format(*execute(cursor, sql).fetchone())
-            lines.append(f"{table.name}: {now}")
-    return lines
-
-
 # --- run ----------------------------------------------------------------------------------------
 
 
@@ -2181,8 +2141,6 @@ def run_pipeline(config: Config, dry_run: bool, allow_shrink: bool) -> int:
         what = log_failure(error, duration=round(run.seconds * 1e9))
         lines = [f"staged, not loaded: {rows_text(run.rows, {}) or 'none'}"]
     lines = [f"run: {run.id}", f"took: {run.seconds:.1f} s", *lines]
-    if event == "failure" and channels(alerts, event):
-        lines += tables_now(config)
     tell(alerts, event, what, lines)
     return status
 
@@ -2317,8 +2275,7 @@ def check(config: Config) -> int:
             with attempt("rights", failed), session(config.redshift) as cursor:
                 check_rights(cursor, run)
         with attempt("source", failed), step("source", {}) as figures:
-            first_page = replace(config, source=replace(config.source, next=""))
-            body = extract(first_page, Path(folder), figures)
+            body = extract(config, Path(folder), figures, pages=1)
             frames = next(read_frames(body, config.tables, FieldNames(set)))
         with attempt("bucket", failed):
             s3 = bucket_client(config.staging.bucket)

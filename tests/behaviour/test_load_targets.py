@@ -48,7 +48,7 @@ def test_the_configuration_fills_in_what_the_secret_lacks(things: Things, case: 
     things.sandbox.set_secret(json.dumps(secret))
     where = {"host": things.sandbox.redshift.host, "port": things.sandbox.redshift.port}
     error = things.refused(("a", 1))
-    assert re.search(r"lacks HOST.* redshift\.host", error)
+    assert re.search(r"has no HOST.* redshift\.host", error)
     things.load(("a", 1), redshift=where | {"database": DATABASE})
     # As AWS writes it; the secret wins.
     things.sandbox.set_secret(json.dumps(secret | where | {"port": str(where["port"])}))

@@ -27,7 +27,6 @@ import yaml
 from helpers import (
     CORES,
     LAUNCHES,
-    REMOVED,
     RUN_ID,
     SHIPPED,
     Records,
@@ -334,9 +333,9 @@ def test_command_line(sandbox: Sandbox) -> None:
 def test_a_wrong_configuration_names_all_faults_and_requests_nothing(
     sandbox: Sandbox, tmp_path: Path
 ) -> None:
-    changes = {"source / url": REMOVED, "staging / bucket": "My_Bucket"}
+    changes = {"source / max_pages": 0, "staging / bucket": "My_Bucket"}
     config = shipped(tmp_path, changes | {f"tables / {LAUNCHES} / key": "nothing"})
-    faults = "source.url: missing", "staging.bucket: ", "tables.public.launches.key: 'nothing'"
+    faults = "source.max_pages: ", "staging.bucket: ", "tables.public.launches.key: 'nothing'"
     # Whatever the program asked of AWS would arrive at the source, too.
     aws = sandbox.source.url.partition("/v5")[0]
     done = sandbox.run(*config, plainly=True, AWS_ENDPOINT_URL=aws)
@@ -379,7 +378,7 @@ def test_a_source_that_is_not_there(sandbox: Sandbox, tmp_path: Path) -> None:
 
 def test_an_answer_without_records(sandbox: Sandbox) -> None:
     serve(sandbox, {"docs": [], "page": 1})
-    assert_failed(sandbox.run(), LAUNCHES, "docs", "id: null in the key")
+    assert_failed(sandbox.run(), "no array at source.records", "set it to docs")
     assert_untouched(sandbox)
 
 
