@@ -68,9 +68,6 @@ def check_history(sandbox: Sandbox, loaders: dict[str, int]) -> None:
         assert check_complete(sandbox) == (loaders[rows[-1]["_run_id"]], rows[-1]["_run_id"])
 
 
-# --- readers -------------------------------------------------------------------------------------
-
-
 def test_readers_see_whole_states_and_wait_for_nothing(sandbox: Sandbox) -> None:
     first = run_id(loaded(sandbox))
     serve(sandbox, launches(28))
@@ -100,9 +97,6 @@ def test_readers_see_whole_states_and_wait_for_nothing(sandbox: Sandbox) -> None
     assert [state for state, _ in itertools.groupby(seen)] == [old, new]
     assert "trying again" not in done.stderr  # the readers are in nobody's way
     assert locks(sandbox) == ['LOCK "public"."etl_runs"']
-
-
-# --- loaders -------------------------------------------------------------------------------------
 
 
 @pytest.fixture(params=["serializable", "snapshot"])

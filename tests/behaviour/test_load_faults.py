@@ -19,9 +19,6 @@ from sandbox import NO_PAUSES
 Hook = Callable[[str, str], None]
 
 
-# --- double keys ---------------------------------------------------------------------------------
-
-
 def test_keys_that_differ_in_spaces_at_the_end_are_double(things: Things) -> None:
     """In two chunks, so that only the staging table shows it."""
     between = [(str(number), number) for number in range(20_000)]
@@ -34,8 +31,6 @@ def test_a_key_with_a_space_at_its_end_replaces_the_one_without(things: Things) 
     things.load(("a ", 3), mode="upsert")
     assert things.rows() == [("a ", 3), ("b", 2)]
 
-
-# --- tried again ---------------------------------------------------------------------------------
 
 CONFLICT = "could not complete because of conflict with concurrent transaction"
 TRANSIENT = {
@@ -94,9 +89,6 @@ def test_the_pauses_between_the_tries_grow(things: Things) -> None:
     first, second, third = map(float, re.findall(r"trying again in ([\d.]+) s", done.stderr))
     assert 1 <= first <= 2 <= second <= 4 <= third <= 8
     assert things.rows() == [("a", 1)]
-
-
-# --- logging in ----------------------------------------------------------------------------------
 
 
 def test_a_password_that_is_rotated_meanwhile(things: Things) -> None:
@@ -180,9 +172,6 @@ def test_a_warehouse_that_freezes(things: Things) -> None:
         over.set()
     assert re.search("COPY .*timed out, trying again", warning)
     assert things.rows() == [("a", 1)]
-
-
-# --- S3 ------------------------------------------------------------------------------------------
 
 
 def test_who_it_is_for_a_message_is_asked_once(things: Things) -> None:

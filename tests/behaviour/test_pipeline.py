@@ -65,9 +65,6 @@ def assert_loaded(sandbox: Sandbox, document: Records, config: Path = PIPELINE) 
     assert [row["no"] for row in sandbox.query(runs)] == [False]
 
 
-# --- whole loads --------------------------------------------------------------------------------
-
-
 def test_first_load_creates_the_tables_and_loads_every_value(sandbox: Sandbox) -> None:
     start = datetime.now(UTC).replace(microsecond=0)
     done = sandbox.run(plainly=True)
@@ -231,9 +228,6 @@ def test_answers_to_the_questions(sandbox: Sandbox) -> None:
     ]
 
 
-# --- stage --------------------------------------------------------------------------------------
-
-
 def test_staged_objects(sandbox: Sandbox, tmp_path: Path) -> None:
     run = run_id(loaded(sandbox, TMPDIR=str(tmp_path)))
     assert list(tmp_path.iterdir()) == []
@@ -260,9 +254,6 @@ def test_staged_objects(sandbox: Sandbox, tmp_path: Path) -> None:
     copies = [sql for sql in sandbox.redshift.statements if sql.startswith("COPY")]
     for sql, manifest in zip(copies, manifests.values(), strict=True):
         assert f"FROM 's3://{BUCKET}/{manifest}'\nIAM_ROLE default\nREGION '{REGION}'\n" in sql
-
-
-# --- dry run and command line -------------------------------------------------------------------
 
 
 def test_dry_run_needs_no_aws_and_leaves_only_its_folder(sandbox: Sandbox, tmp_path: Path) -> None:
@@ -326,9 +317,6 @@ def test_command_line(sandbox: Sandbox) -> None:
     assert sandbox.source.requests == []
 
 
-# --- extract ------------------------------------------------------------------------------------
-
-
 def test_the_source_of_the_configuration_and_a_file(sandbox: Sandbox, tmp_path: Path) -> None:
     config = shipped(tmp_path, {"source / url": sandbox.source.url})
     loaded(sandbox, "--source", "", *config)  # "" so that the sandbox gives none
@@ -351,16 +339,10 @@ def test_a_source_that_is_not_there(sandbox: Sandbox, tmp_path: Path) -> None:
     assert_untouched(sandbox)
 
 
-# --- transform ----------------------------------------------------------------------------------
-
-
 def test_an_answer_without_records(sandbox: Sandbox) -> None:
     serve(sandbox, {"docs": [], "page": 1})
     assert_failed(sandbox.run(), LAUNCHES, "docs", "id: null in the key")
     assert_untouched(sandbox)
-
-
-# --- load ---------------------------------------------------------------------------------------
 
 
 def rewrite(sandbox: Sandbox, at: str, change: Callable[[list[str]], list[str]]) -> None:
