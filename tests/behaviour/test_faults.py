@@ -80,10 +80,6 @@ class World:
                     rows[name] = [row for (row,) in connection.execute(sql.encode())]
             return rows
 
-    def config(self, **settings: Any) -> tuple[str, Path]:
-        """The argument for the shipped configuration with other settings of Redshift."""
-        return shipped_with(self.folder, redshift=settings)
-
     def start(self, *arguments: str | Path, **options: Any) -> Process:
         """Starts a run, and remembers what the tables held before it."""
         self.before = self.tables()
@@ -308,7 +304,7 @@ def test_redshift_comes_late(world: World) -> None:
             threading.Timer(0.8, port.open).start()
 
         with FlakyProxy(world.sandbox.aws, None, open_soon, method="POST") as aws:
-            arguments = world.config(connect_seconds=20)
+            arguments = shipped_with(world.folder, redshift={"connect_seconds": 20})
             done = world.run(*arguments, patch="", AWS_ENDPOINT_URL=aws.url)
     warnings = world.check(done, "new")
     assert warnings
@@ -320,7 +316,7 @@ AT = "cannot connect to Redshift at {HOST}:{PORT}, database {DATABASE}: "
 
 def test_redshift_has_no_address(world: World) -> None:
     world.sandbox.set_secret(HOST="nowhere.invalid")
-    done = world.run(*world.config(connect_seconds=0))
+    done = world.run(*shipped_with(world.folder, redshift={"connect_seconds": 0}))
     where = AT.format_map(world.sandbox.secret() | {"HOST": "nowhere.invalid"})
     assert world.check(done, "old", AWAY, f"load: {where}", "not known|resolution") == []
 
@@ -375,7 +371,8 @@ def test_certificate_of_a_stranger_and_no_secret(world: World) -> None:
     says = "connect: cannot connect to Redshift at .*certificate verify failed"
     assert world.check(world.run(SSL_CERT_FILE=None), "old", 1, says) == []
     says = "connect: cannot read the secret no/such/secret as arn:aws:.*ResourceNotFoundException"
-    world.check(world.run(*world.config(secret="no/such/secret")), "old", 1, says)
+    config = shipped_with(world.folder, redshift={"secret": "no/such/secret"})
+    world.check(world.run(*config), "old", 1, says)
     assert world.sandbox.source.requests == []
 
 
