@@ -42,6 +42,11 @@ for name, examples in {"default": 500, "ci": 2_000, "nightly": 10_000}.items():
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """Half of the time a worker waits, for the run of the program or for a server."""
+    return 2 * (os.cpu_count() or 1)
+
+
 def pytest_make_parametrize_id(val: object) -> str | None:
     """Words for a parameter in a test's name."""
     if val is None or (isinstance(val, bool | int | float) and not isinstance(val, signal.Signals)):
@@ -52,7 +57,6 @@ def pytest_make_parametrize_id(val: object) -> str | None:
 
 @pytest.fixture(scope="session", autouse=True)
 def packages() -> None:
-    """The large packages, which main.py imports after the configuration is read."""
     import_packages()
 
 

@@ -584,19 +584,7 @@ def forget_hidden() -> None:
     main.hidden.clear()
 
 
-def logged(text: str) -> str:
-    """A text as the log shows it."""
-    return main.escaped(main.masked(text))
-
-
-def masked(text: str) -> str:
-    """A text as the log shows it."""
-    return main.masked(text)
-
-
-def shorten(value: Any) -> str:
-    """A value as messages show it."""
-    return main.shorten(value)
+masked, shorten = main.masked, main.shorten
 
 
 # --- SQL -----------------------------------------------------------------------------------------

@@ -9,10 +9,10 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import pytest
+import yaml
 
 from helpers import count, messages, responds
 from sandbox import LIBRARY_CONFIG, ROOT, SECRET, Sandbox
@@ -66,25 +66,15 @@ def test_launch_library(sandbox: Sandbox, draft: Draft, tmp_path: Path) -> None:
     assert load(sandbox, text, tmp_path) == {"public.launches": 12}
 
 
-# A document, what is in its draft, and the rows of the tables.
-APIS: dict[str, tuple[Any, str, dict[str, int]]] = {
+# A document as YAML, what is in its draft, and the rows of the tables.
+APIS: dict[str, tuple[str, str, dict[str, int]]] = {
     "GitHub": (
-        [
-            {
-                "id": 2_000_000_000 + number,
-                "title": "The rocket 🚀 leaks",
-                "labels": [{"id": 208_045_946, "name": "bug"}],
-                "closed_at": None,
-                "body": "first line\nsecond line",
-                "reactions": {"total_count": 3, "+1": 2, "-1": 1},
-                "assignee": assignee,
-                **more,
-            }
-            for number, assignee, more in (
-                (7, None, {}),
-                (8, {"login": "hubot"}, {"pull_request": {"merged_at": "2026-01-02T03:04:06Z"}}),
-            )
-        ],
+        """
+        - &issue {id: 2000000007, title: The rocket 🚀 leaks, labels: [{id: 208045946, name: bug}],
+           closed_at: null, body: "first line\\nsecond line", reactions: {"+1": 2, "-1": 1},
+           assignee: null}
+        - {<<: *issue, id: 2000000008,
+           assignee: {login: hubot}, pull_request: {merged_at: "2026-01-02T03:04:06Z"}}""",
         """key: [id]
         id: bigint not null
         reactions.+1: integer as reactions_plus_1
@@ -94,28 +84,18 @@ APIS: dict[str, tuple[Any, str, dict[str, int]]] = {
         assignee.login: varchar(16) # longest 5 bytes""",
         {"": 2, "_labels": 2},
     ),
+    # The records differ: so did this service's, when temperatures got units.
     "weather": (
-        {
-            "@context": ["https://geojson.example", {"@version": "1.1"}],
-            "properties": {
-                "updateTime": "2026-01-01T09:00:00+00:00",
-                "periods": [  # the records differ: so did this service's, when they got units
-                    {
-                        "number": 1,
-                        "startTime": "2026-01-01T18:00:00-05:00",
-                        "temperature": 41,
-                        "rain": {"unitCode": "wmoUnit:percent", "value": None},
-                    },
-                    {
-                        "number": 2,
-                        "startTime": "2026-01-02T06:00:00-05:00",
-                        "temperature": {"unitCode": "wmoUnit:degC", "value": 5.5},
-                        "rain": {"unitCode": "wmoUnit:percent", "value": 20},
-                        "dewpoint": 3.25,
-                    },
-                ],
-            },
-        },
+        """
+        "@context": ["https://geojson.example", {"@version": "1.1"}]
+        properties:
+          updateTime: "2026-01-01T09:00:00+00:00"
+          periods:
+          - {number: 1, startTime: "2026-01-01T18:00:00-05:00", temperature: 41,
+             rain: {unitCode: "wmoUnit:percent", value: null}}
+          - {number: 2, startTime: "2026-01-02T06:00:00-05:00", dewpoint: 3.25,
+             temperature: {unitCode: "wmoUnit:degC", value: 5.5},
+             rain: {unitCode: "wmoUnit:percent", value: 20}}""",
         """records: properties.periods
         key: [number]
         startTime: varchar(64) # as a timestamptz it would lose its offset
@@ -125,13 +105,11 @@ APIS: dict[str, tuple[Any, str, dict[str, int]]] = {
         {"": 2},
     ),
     "exchange": (
-        {
-            "status": "ok",
-            "data": [
-                {"symbol": "ETH-BTC", "24h": "-0.00012000", "last": "0.03151000", "oid": 1},
-                {"symbol": "BTC-EUR", "24h": "1234.5", "last": "91234.56", "oid": 1},
-            ],
-        },
+        """
+        status: ok
+        data:
+        - {symbol: ETH-BTC, 24h: "-0.00012000", last: "0.03151000", oid: 1}
+        - {symbol: BTC-EUR, 24h: "1234.5", last: "91234.56", oid: 1}""",
         """records: data
         key: [symbol]
         24h: decimal(18,8) as _24h # numbers in quotes
@@ -140,17 +118,10 @@ APIS: dict[str, tuple[Any, str, dict[str, int]]] = {
         {"": 2},
     ),
     "CMS": (
-        [
-            {
-                "id": number,
-                "date": "2026-01-02T03:04:05",
-                "größe": 1,
-                "meta.seo": "",
-                "tags": [4, 5],
-                "_links": {"self": [{"href": "https://cms.example/1"}], "wp:term": []},
-            }
-            for number in (1, 2)
-        ],
+        """
+        - &post {id: 1, date: "2026-01-02T03:04:05", größe: 1, meta.seo: "", tags: [4, 5],
+                 _links: {self: [{href: "https://cms.example/1"}], "wp:term": []}}
+        - {<<: *post, id: 2}""",
         """date: timestamp
         größe: integer as grosse
         meta\\.seo: varchar(16) # longest 0 bytes
@@ -159,17 +130,12 @@ APIS: dict[str, tuple[Any, str, dict[str, int]]] = {
         {"": 2, "__links_self": 2},
     ),
     "Ethereum": (
-        {
-            "items": [
-                {
-                    "height": 21_000_000 + number,
-                    "total_difficulty": 58_750_003_716_598_352_816_469,
-                    "transactions": [{"value": 10**18 + n, "position": n} for n in (0, 1)],
-                }
-                for number in (1, 2)
-            ],
-            "next_page_params": None,
-        },
+        """
+        next_page_params: null
+        items:
+        - &block {height: 21000001, total_difficulty: 58750003716598352816469, transactions:
+                  [{value: 1000000000000000000, position: 0}, {value: 1, position: 1}]}
+        - {<<: *block, height: 21000002}""",
         """records: items
         # Pages that main.py cannot follow? There is: next_page_params
         key: [height]
@@ -183,9 +149,9 @@ APIS: dict[str, tuple[Any, str, dict[str, int]]] = {
 
 @pytest.mark.parametrize(("document", "lines", "rows"), APIS.values(), ids=APIS)
 def test_other_apis(
-    sandbox: Sandbox, draft: Draft, tmp_path: Path, document: Any, lines: str, rows: dict[str, int]
+    sandbox: Sandbox, draft: Draft, tmp_path: Path, document: str, lines: str, rows: dict[str, int]
 ) -> None:
-    sandbox.source.answers = [responds(200, document)] * 3
+    sandbox.source.answers = [responds(200, yaml.safe_load(document))] * 3
     text = draft(sandbox.source.at("https://api.example.org/v1/things?per_page=2"))
     seen = [re.sub(" +", " ", line.replace('"', "").strip()) for line in text.splitlines()]
     assert [line.strip() for line in lines.splitlines() if line.strip() not in seen] == [], text

@@ -19,9 +19,6 @@ from sandbox import NO_PAUSES
 Hook = Callable[[str, str], None]
 
 
-# --- double keys ---------------------------------------------------------------------------------
-
-
 def test_keys_that_differ_in_spaces_at_the_end_are_double(things: Things) -> None:
     """In two chunks, so that only the staging table shows it."""
     between = [(str(number), number) for number in range(20_000)]
@@ -35,68 +32,59 @@ def test_a_key_with_a_space_at_its_end_replaces_the_one_without(things: Things) 
     assert things.rows() == [("a ", 3), ("b", 2)]
 
 
-# --- tried again ---------------------------------------------------------------------------------
-
 CONFLICT = "could not complete because of conflict with concurrent transaction"
-TRANSIENT = {
-    "deadlock": ("DELETE", "40P01", "deadlock detected"),
-    "conflict": ("INSERT", "XX000", CONFLICT),
-    "dropped": ("SELECT column_name", "XX000", "could not open relation with OID 123456"),
-    "slow down": (
-        "COPY",
-        "XX000",
-        "S3ServiceException:Please reduce your request rate.,Status 503,Error SlowDown,CanRetry 1",
-    ),
-    "internal": (
-        "COPY",
-        "XX000",
-        "Problem reading manifest file - S3ServiceException:We encountered an internal error. "
-        "Please try again.,Status 500,Error InternalError,Rid A1,CanRetry 1",
-    ),
-}
+SLOW_DOWN = "reduce your request rate.,Status 503,Error SlowDown,CanRetry 1"
+INTERNAL = (
+    "We encountered an internal error. Please try again.,Status 500,Error InternalError,Rid A1"
+)
+# A statement, and the code and message with which it is refused.
+TRANSIENT = [
+    ("DELETE", "40P01", "deadlock detected"),
+    ("INSERT", "XX000", CONFLICT),
+    ("SELECT column_name", "XX000", "could not open relation with OID 123456"),
+    ("COPY", "XX000", f"S3ServiceException:Please {SLOW_DOWN}"),
+    ("COPY", "XX000", f"Problem reading manifest file - S3ServiceException:{INTERNAL}"),
+]
 
 
-def refuse(times: int, at: str, code: str, message: str) -> tuple[Hook, list[str]]:
-    """A hook that refuses a statement with this beginning so many times, and what it refused."""
-    refused: list[str] = []
+def refuse(*refusals: tuple[str, str, str]) -> tuple[Hook, list[tuple[str, str, str]]]:
+    """A hook that refuses statements, one after the other, and what it will still refuse."""
+    left = list(refusals)
 
     def hook(when: str, sql: str) -> None:
-        if when == "before" and sql.startswith(at) and len(refused) < times:
-            refused.append(sql)
-            raise RedshiftError(code, message)
+        if when == "before" and left and sql.startswith(left[0][0]):
+            raise RedshiftError(*left.pop(0)[1:])
 
-    return hook, refused
+    return hook, left
 
 
-@pytest.mark.parametrize("case", TRANSIENT)
-def test_what_is_transient_is_tried_again(things: Things, case: str) -> None:
+def test_what_is_transient_is_tried_again(things: Things) -> None:
     things.load(("a", 1))
-    things.sandbox.redshift.hook, refused = refuse(1, *TRANSIENT[case])
-    (warning,) = things.load(("a", 2))
-    assert len(refused) == 1
-    assert TRANSIENT[case][2] in warning
-    assert re.search(r"trying again in [\d.]+ s$", warning)
-    assert things.rows() == [("a", 2)]
+    for number, group in ((2, TRANSIENT[:3]), (3, TRANSIENT[3:])):
+        things.sandbox.redshift.hook, left = refuse(*group)
+        warnings = things.load(("a", number))
+        assert left == []
+        for warning, (_, _, message) in zip(warnings, group, strict=True):
+            assert message in warning
+            assert re.search(r"trying again in [\d.]+ s$", warning)
+        assert things.rows() == [("a", number)]
 
 
 def test_access_denied_in_copy_is_not_tried_again(things: Things) -> None:
     denied = "S3ServiceException:Access Denied,Status 403,Error AccessDenied,Rid A1,CanRetry 1"
-    things.sandbox.redshift.hook, refused = refuse(9, "COPY", "XX000", denied)
+    things.sandbox.redshift.hook, left = refuse(*[("COPY", "XX000", denied)] * 9)
     assert denied in things.refused(("a", 1))
-    assert len(refused) == 1
+    assert len(left) == 8
 
 
 def test_the_pauses_between_the_tries_grow(things: Things) -> None:
     things.load(("a", 1))
-    things.sandbox.redshift.hook, refused = refuse(99, "DELETE", "XX000", CONFLICT)
+    things.sandbox.redshift.hook, left = refuse(*[("DELETE", "XX000", CONFLICT)] * 9)
     done = things.run(("a", 2))
-    assert (done.returncode, len(refused)) == (75, LOAD_TRIES)
+    assert (done.returncode, len(left)) == (75, 9 - LOAD_TRIES)
     first, second, third = map(float, re.findall(r"trying again in ([\d.]+) s", done.stderr))
     assert 1 <= first <= 2 <= second <= 4 <= third <= 8
     assert things.rows() == [("a", 1)]
-
-
-# --- logging in ----------------------------------------------------------------------------------
 
 
 def test_a_password_that_is_rotated_meanwhile(things: Things) -> None:
@@ -180,9 +168,6 @@ def test_a_warehouse_that_freezes(things: Things) -> None:
         over.set()
     assert re.search("COPY .*timed out, trying again", warning)
     assert things.rows() == [("a", 1)]
-
-
-# --- S3 ------------------------------------------------------------------------------------------
 
 
 def test_who_it_is_for_a_message_is_asked_once(things: Things) -> None:

@@ -11,8 +11,6 @@ import pytest
 from helpers import COLUMNS, TABLE, Things, serve
 from sandbox import DATABASE, PASSWORD, USER
 
-# --- widening a text -----------------------------------------------------------------------------
-
 IN_THE_WAY = {
     "view": (
         "CREATE TABLE public.things (id varchar(8) NOT NULL, name varchar(4), n integer)",
@@ -37,9 +35,6 @@ def test_a_text_that_cannot_be_widened(things: Things, case: str) -> None:
     assert things.rows() == [("b", 2)]
 
 
-# --- secrets as AWS makes them -------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("case", ["user and password", "cluster identifier"])
 def test_the_configuration_fills_in_what_the_secret_lacks(things: Things, case: str) -> None:
     secret = {"username": USER, "password": PASSWORD}
@@ -55,8 +50,6 @@ def test_the_configuration_fills_in_what_the_secret_lacks(things: Things, case: 
     things.load(("a", 2), redshift={"host": "nowhere.invalid", "port": 1, "database": DATABASE})
     assert things.rows() == [("a", 2)]
 
-
-# --- targets that somebody else has made ---------------------------------------------------------
 
 MADE = {
     "identity": "number bigint IDENTITY(1, 1), {}",
@@ -104,9 +97,6 @@ def test_the_staging_table_is_made_of_the_configuration(things: Things) -> None:
         'CREATE TEMP TABLE "staging_1" ( "id" varchar(8) NOT NULL, "n" integer ) '
         'DISTKEY ("id") COMPOUND SORTKEY ("n", "id")'
     )
-
-
-# --- metadata, COPY, locks -----------------------------------------------------------------------
 
 
 def test_metadata_that_is_closed(things: Things) -> None:

@@ -65,9 +65,6 @@ def assert_loaded(sandbox: Sandbox, document: Records, config: Path = PIPELINE) 
     assert [row["no"] for row in sandbox.query(runs)] == [False]
 
 
-# --- whole loads --------------------------------------------------------------------------------
-
-
 def test_first_load_creates_the_tables_and_loads_every_value(sandbox: Sandbox) -> None:
     start = datetime.now(UTC).replace(microsecond=0)
     done = sandbox.run(plainly=True)
@@ -231,9 +228,6 @@ def test_answers_to_the_questions(sandbox: Sandbox) -> None:
     ]
 
 
-# --- stage --------------------------------------------------------------------------------------
-
-
 def test_staged_objects(sandbox: Sandbox, tmp_path: Path) -> None:
     run = run_id(loaded(sandbox, TMPDIR=str(tmp_path)))
     assert list(tmp_path.iterdir()) == []
@@ -262,9 +256,6 @@ def test_staged_objects(sandbox: Sandbox, tmp_path: Path) -> None:
         assert f"FROM 's3://{BUCKET}/{manifest}'\nIAM_ROLE default\nREGION '{REGION}'\n" in sql
 
 
-# --- dry run and command line -------------------------------------------------------------------
-
-
 def test_dry_run_needs_no_aws_and_leaves_only_its_folder(sandbox: Sandbox, tmp_path: Path) -> None:
     home, work, temporary = folders = [tmp_path / name for name in ("home", "work", "tmp")]
     for folder in folders:
@@ -274,8 +265,8 @@ def test_dry_run_needs_no_aws_and_leaves_only_its_folder(sandbox: Sandbox, tmp_p
     done = sandbox.run("--dry-run", cwd=work, plainly=True, **environment)
     assert done.returncode == 0, done.stderr
     assert_untouched(sandbox)
-    assert list(home.iterdir()) == list(work.iterdir()) == []
-    (folder,) = temporary.iterdir()
+    assert [*home.iterdir(), *work.iterdir()] == []
+    (folder,) = temporary.glob("*")
     assert folder.name.startswith("sequra-")
     assert stat.S_IMODE(folder.stat().st_mode) == stat.S_IRWXU
 
@@ -288,11 +279,10 @@ def test_dry_run_needs_no_aws_and_leaves_only_its_folder(sandbox: Sandbox, tmp_p
         for statement in ("CREATE TABLE IF NOT EXISTS", "DELETE FROM", "INSERT INTO"):
             assert f"{statement} {quoted(table)}" in done.stdout
         assert f"FROM 's3://{BUCKET}/spacex/{table}/" in done.stdout
-    first = launches()[0]
-    for value in [*first.values(), *first["cores"][0].values()]:
-        if isinstance(value, str) and len(value) < 30 and "T" not in value:
-            assert value in done.stdout
-    assert launches()[3]["id"] not in done.stdout
+    first, _, _, fourth, *_ = launches()
+    for value in (first["id"], first["name"], first["cores"][0]["core"]):
+        assert value in done.stdout
+    assert fourth["id"] not in done.stdout
 
 
 def test_dry_run_and_verbose_show_the_sql_that_a_load_runs(
@@ -327,39 +317,15 @@ def test_command_line(sandbox: Sandbox) -> None:
     assert sandbox.source.requests == []
 
 
-# --- configuration ------------------------------------------------------------------------------
-
-
-def test_a_wrong_configuration_names_all_faults_and_requests_nothing(
-    sandbox: Sandbox, tmp_path: Path
-) -> None:
-    changes = {"source / max_pages": 0, "staging / bucket": "My_Bucket"}
-    config = shipped(tmp_path, changes | {f"tables / {LAUNCHES} / key": "nothing"})
-    faults = "source.max_pages: ", "staging.bucket: ", "tables.public.launches.key: 'nothing'"
-    # Whatever the program asked of AWS would arrive at the source, too.
-    aws = sandbox.source.url.partition("/v5")[0]
-    done = sandbox.run(*config, plainly=True, AWS_ENDPOINT_URL=aws)
-    assert_failed(done, str(config[1]), "3 fault(s)", *faults, status=2)
-    assert sandbox.source.requests == []
-    assert_untouched(sandbox)
-
-
-# --- extract ------------------------------------------------------------------------------------
-
-
-def test_the_source_is_that_of_the_configuration(sandbox: Sandbox, tmp_path: Path) -> None:
+def test_the_source_of_the_configuration_and_a_file(sandbox: Sandbox, tmp_path: Path) -> None:
     config = shipped(tmp_path, {"source / url": sandbox.source.url})
     loaded(sandbox, "--source", "", *config)  # "" so that the sandbox gives none
     assert sandbox.source.requests == [f"/v5/launches?token={TOKEN}"]
-    assert_loaded(sandbox, launches())
-
-
-def test_the_source_is_a_file(sandbox: Sandbox, tmp_path: Path) -> None:
-    lines = "\n".join(map(json.dumps, launches())).encode()
+    lines = "\n".join(map(json.dumps, launches()[:-1])).encode()
     (tmp_path / "lines.ndjson.gz").write_bytes(gzip.compress(lines))
     loaded(sandbox, "--source", "lines.ndjson.gz", cwd=tmp_path)
-    assert sandbox.source.requests == []
-    assert_loaded(sandbox, launches())
+    assert len(sandbox.source.requests) == 1
+    assert_loaded(sandbox, launches()[:-1])
 
 
 def test_a_source_that_is_not_there(sandbox: Sandbox, tmp_path: Path) -> None:
@@ -373,16 +339,10 @@ def test_a_source_that_is_not_there(sandbox: Sandbox, tmp_path: Path) -> None:
     assert_untouched(sandbox)
 
 
-# --- transform ----------------------------------------------------------------------------------
-
-
 def test_an_answer_without_records(sandbox: Sandbox) -> None:
     serve(sandbox, {"docs": [], "page": 1})
     assert_failed(sandbox.run(), "no array at source.records", "set it to docs")
     assert_untouched(sandbox)
-
-
-# --- load ---------------------------------------------------------------------------------------
 
 
 def rewrite(sandbox: Sandbox, at: str, change: Callable[[list[str]], list[str]]) -> None:
@@ -430,13 +390,6 @@ def test_fewer_rows_than_staged_are_refused(sandbox: Sandbox) -> None:
     rewrite(sandbox, "staging_2", lambda lines: [*lines[:-4], ""])
     assert_failed(sandbox.run(), CORES, "35 rows, but 38 were staged")
     assert count(sandbox, LAUNCHES) == count(sandbox, CORES) == 0
-
-
-def test_no_credentials_for_aws(sandbox: Sandbox, tmp_path: Path) -> None:
-    lacking = dict.fromkeys(("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"))
-    done = sandbox.run(HOME=str(tmp_path), AWS_EC2_METADATA_DISABLED="true", **lacking)
-    assert_failed(done, "credentials")
-    assert sandbox.redshift.statements == []
 
 
 def test_one_transaction_swaps_all_tables_without_a_lock(sandbox: Sandbox) -> None:
