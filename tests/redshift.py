@@ -5,7 +5,7 @@ and PostgreSQL's errors into Redshift's. It translates:
 
 * COPY from S3 (CSV, checked value by value as Redshift does, with its load error tables),
 * CREATE TABLE and ALTER TABLE (byte lengths, SUPER, distribution and sort keys, constraints that
-  are declared but not enforced), TRUNCATE (which commits), identifiers folded to lower case,
+  are declared but not enforced), identifiers folded to lower case,
 * serialization failures and too long values into the errors Redshift gives.
 
 Two VARCHAR values are compared without the spaces at their ends, in =, <>, <, IN, DISTINCT, GROUP
@@ -15,8 +15,9 @@ may be closed to it: see `settings` of Redshift.
 
 It refuses the PostgreSQL syntax that Redshift does not know. It does not pretend to be Redshift in
 speed, in its catalog (beyond `svv_columns`), in privileges on its system tables, or in functions,
-UNLOAD, Spectrum, CREATE TABLE AS, or identifiers over 63 bytes, nor does it keep a column's
-encoding. Several statements in one simple Query run one after another, not as one transaction.
+UNLOAD, Spectrum, TRUNCATE, CREATE TABLE AS or LIKE, or identifiers over 63 bytes, nor does it keep
+a column's encoding. Several statements in one simple Query run one after another, not as one
+transaction.
 """
 
 from __future__ import annotations
@@ -146,35 +147,26 @@ CREATE OPERATOR CLASS sandbox.varchar_hash DEFAULT FOR TYPE varchar USING hash A
     OPERATOR 1 sandbox.=, FUNCTION 1 sandbox.varchar_hash(varchar);
 """
 
-# What Redshift refuses although PostgreSQL knows it: (pattern in the masked SQL, what to say).
-REFUSED = [
-    (
-        re.compile(pattern, re.IGNORECASE | re.DOTALL),
-        f"syntax error: Redshift does not support {what}",
-    )
-    for pattern, what in [
-        (r"\bON\s+CONFLICT\s*(?:\(|ON\b|DO\b)", "ON CONFLICT"),
-        (r"^CREATE\s+(?:UNIQUE\s+)?INDEX\b", "CREATE INDEX"),
-        (r"\bRETURNING\b", "RETURNING"),
-        (r"\bADD\s+(?:COLUMN\s+)?IF\s+NOT\s+EXISTS\b", "ADD COLUMN IF NOT EXISTS"),
-        (r"::\s*(?:jsonb?|uuid|bytea)\b", "this type"),
-        (r"\bAS\s+(?:jsonb?|uuid|bytea)\s*\)", "this type"),
-        (r"\[\s*\]|\bARRAY\s*\[", "arrays"),
-        (r"^CREATE\s+(?:OR\s+REPLACE\s+)?(?:CONSTRAINT\s+)?TRIGGER\b", "triggers"),
-        (
-            r"\bGENERATED\s+(?:ALWAYS|BY\s+DEFAULT)\s+AS\s+IDENTITY\b(?!\s*\(\s*\d)",
-            "identity columns as PostgreSQL writes them",
-        ),
-        (r"^CREATE\s+UNLOGGED\b", "UNLOGGED"),
-        (r"\bLATERAL\b", "LATERAL"),
-        (r"\bFILTER\s*\(\s*WHERE\b", "FILTER"),
-        (r"^CREATE\b.*\bINHERITS\s*\(", "INHERITS"),
-        (r"\bFOR\s+(?:NO\s+KEY\s+UPDATE|UPDATE|KEY\s+SHARE|SHARE)\b", "FOR UPDATE"),
-        (r"\bDISTINCT\s+ON\b", "DISTINCT ON"),
-        (r"^(?:CREATE|ALTER)\s+.*\bTABLE\b.*\bCHECK\s*\(", "CHECK constraints"),
-        (r"^ALTER\s+TABLE\b.*\bALTER\s+(?:COLUMN\s+)?\S+\s+(?:SET|DROP)\b", "SET on a column"),
-    ]
-]
+# What Redshift refuses although PostgreSQL knows it, and which masked SQL has it.
+REFUSED = {
+    "ON CONFLICT": r"\bON\s+CONFLICT\s*(?:\(|ON\b|DO\b)",
+    "CREATE INDEX": r"^CREATE\s+(?:UNIQUE\s+)?INDEX\b",
+    "RETURNING": r"\bRETURNING\b",
+    "ADD COLUMN IF NOT EXISTS": r"\bADD\s+(?:COLUMN\s+)?IF\s+NOT\s+EXISTS\b",
+    "this type": r"::\s*(?:jsonb?|uuid|bytea)\b|\bAS\s+(?:jsonb?|uuid|bytea)\s*\)",
+    "arrays": r"\[\s*\]|\bARRAY\s*\[",
+    "triggers": r"^CREATE\s+(?:OR\s+REPLACE\s+)?(?:CONSTRAINT\s+)?TRIGGER\b",
+    "IDENTITY without numbers": r"\bGENERATED\s+[\w\s]+\s+AS\s+IDENTITY\b(?!\s*\(\s*\d)",
+    "UNLOGGED": r"^CREATE\s+UNLOGGED\b",
+    "LATERAL": r"\bLATERAL\b",
+    "FILTER": r"\bFILTER\s*\(\s*WHERE\b",
+    "INHERITS": r"^CREATE\b.*\bINHERITS\s*\(",
+    "FOR UPDATE": r"\bFOR\s+(?:NO\s+KEY\s+UPDATE|UPDATE|KEY\s+SHARE|SHARE)\b",
+    "DISTINCT ON": r"\bDISTINCT\s+ON\b",
+    "CHECK constraints": r"^(?:CREATE|ALTER)\s+.*\bTABLE\b.*\bCHECK\s*\(",
+    "SET on a column": r"^ALTER\s+TABLE\b.*\bALTER\s+(?:COLUMN\s+)?\S+\s+(?:SET|DROP)\b",
+    "TRUNCATE inside a transaction": r"^TRUNCATE\b",
+}
 
 
 class RedshiftError(Exception):
@@ -321,15 +313,13 @@ SYSDATE = re.compile(r"\bSYSDATE\b", re.IGNORECASE)
 
 def translate(statement: str) -> Translation:
     """What to do for one masked statement of Redshift's SQL."""
-    for pattern, message in REFUSED:
-        if pattern.search(statement):
-            raise syntax_error(message)
+    for what, pattern in REFUSED.items():
+        if re.search(pattern, statement, re.IGNORECASE | re.DOTALL):
+            raise syntax_error(f"syntax error: Redshift does not support {what}")
     statement = SYSDATE.sub("(transaction_timestamp() AT TIME ZONE 'UTC')", statement)
     keyword = statement[:8].upper()
     if keyword.startswith("COPY"):
         return copy_command(statement).run
-    if keyword.startswith("TRUNCATE"):
-        return lambda session: session.truncate(plain(statement))
     if match := CREATE_TABLE.match(statement):
         return create_table(*match.groups())
     if match := ALTER_TABLE.match(statement):
@@ -355,9 +345,6 @@ def create_table(head: str, definitions: str | None, rest: str) -> str:
 
 def column_definition(definition: str) -> tuple[str, str]:
     """The name of a column and its definition for PostgreSQL, with its length in bytes."""
-    if re.match(r"LIKE\b", definition, re.IGNORECASE):
-        # They hold the byte lengths.
-        return definition, plain(definition) + " INCLUDING CONSTRAINTS"
     match = COLUMN.match(definition)
     if not match:
         raise syntax_error(f'syntax error at or near "{plain(definition)}"')
@@ -1049,13 +1036,6 @@ class Session(socketserver.BaseRequestHandler):
             case _:
                 del self.actions[name]
                 return [Message(b"3")]
-
-    def truncate(self, text: str) -> str:
-        in_transaction = self.backend.status != b"I"
-        self.backend.rows(text)
-        if in_transaction:
-            self.backend.rows("COMMIT")
-        return "TRUNCATE TABLE"
 
     def resize(self, table: str, column: str, data_type: str) -> str:
         """ALTER TABLE … ALTER COLUMN … TYPE varchar(n)."""

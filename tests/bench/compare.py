@@ -46,8 +46,8 @@ MAIN, CONFIG = ROOT / "sequra_challenge" / "main.py", ROOT / "conf" / "pipeline.
 PINNED = {
     "duckdb": ["duckdb==2.0.1"],
     "polars": ["polars==2.1.0"],
-    "awswrangler": ["awswrangler[redshift]==3.17.1", "pandas==3.1.1", "pyarrow==25.0.1"],
-    "dlt": ["dlt[filesystem,redshift]==1.31.0"],
+    "awswrangler": ["awswrangler==3.17.1", "pandas==3.1.1", "pyarrow==25.0.1"],
+    "dlt": ["dlt[filesystem]==1.31.0"],
     "plot": ["matplotlib==3.11.2"],
 }
 TITLES = {
@@ -325,13 +325,13 @@ def time_special(bench: Bench) -> None:
         print(f"| {rows:,} {title} | {figures} | {usage.memory:.0f} |", flush=True)
 
 
-def time_small(bench: Bench, peers: list[str], repeats: int) -> None:
+def time_small(bench: Bench, repeats: int) -> None:
     """As many launches as the API has, from an HTTP server into tests/sandbox.py's database."""
-    rows, environment = 205, {"RUNTIME__DLTHUB_TELEMETRY": "false"}
+    rows, environment = 205, dict[str, str]()
     source = bench.input(f"launches-{rows}", launches(rows))
     bench.clear()
     served = bench.start_http("http.server", "-b", "127.0.0.1", "-d", bench.folder)
-    url, bucket, secret = f"{served}/{source.name}", "my-data-bucket", "redshift/spacex"
+    url = f"{served}/{source.name}"
     command = [sys.executable, "-u", ROOT / "tests" / "sandbox.py", "--keep", "--source", source]
     sandbox = bench.start(*command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     psql = ""
@@ -340,27 +340,17 @@ def time_small(bench: Bench, peers: list[str], repeats: int) -> None:
         if psql.startswith("export "):
             name, _, value = shlex.split(psql)[1].partition("=")
             environment[name] = value
-    environment["AWS_DEFAULT_REGION"] = environment["AWS_REGION"]
     sql = [*shlex.split(psql), "-qAtc"]
     commands: dict[str, list[Any]] = {"ours": [sys.executable, MAIN, "--source", url]}
     if bench.against:
         commands["against"] = [sys.executable, bench.against, "--config", CONFIG, "--source", url]
-    jobs = {"awswrangler": [url, bucket, secret], "dlt": [url, bench.run, secret]}
-    for name in peers:
-        if name in jobs:
-            commands[name] = bench.tool(name, f"load_{name}", *jobs[name])
-    if "dlt" in peers:
-        # A function of Redshift that dlt uses and the sandbox lacks.
-        function = "CREATE FUNCTION json_parse(text) RETURNS jsonb IMMUTABLE RETURN $1::jsonb"
-        subprocess.run([*sql, function], check=True)
     packages = "import requests, pandas, boto3, yaml, redshift_connector"
     commands["imports"] = [sys.executable, "-c", packages]
 
     def load(name: str, _: bool) -> Usage:
         usage = measure(commands[name], bench.run, environment)
         if name != "imports":
-            table = "dlt.launches" if name == "dlt" else "public.launches"
-            delete = f"DELETE FROM {table} RETURNING 1"
+            delete = "DELETE FROM public.launches RETURNING 1"
             check(rows, *sql, f"WITH deleted AS ({delete}) SELECT count(*) FROM deleted")
         return usage
 
@@ -410,7 +400,7 @@ def main() -> None:
         if given.special or everything:
             time_special(bench)
         if given.small or everything:
-            time_small(bench, given.contenders, 3 * given.repeats)
+            time_small(bench, 3 * given.repeats)
         bench.clear()
     print(f"\n{machine()}")
 
