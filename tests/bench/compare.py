@@ -2,7 +2,6 @@
 
     python tests/bench/compare.py                 all that follows
     python tests/bench/compare.py --sizes 20000   one JSON file to staged files, by size
-    python tests/bench/compare.py --special       records out of the ordinary
     python tests/bench/compare.py --small         205 launches from the source to the database
     python tests/bench/compare.py --against FILE  any of these with another main.py beside it,
                                                   whose CSV must be the same
@@ -38,7 +37,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import yaml
-from generate import launches, odd_records, write
+from generate import launches, write
 
 BENCH = Path(__file__).resolve().parent
 ROOT = BENCH.parent.parent
@@ -167,12 +166,12 @@ class Bench:
         note(f"{path.name}: {path.stat().st_size / 1e6:.0f} MB")
         return path
 
-    def config(self, name: str, **changes: Any) -> Path:
-        """The shipped configuration with only public.launches, changed."""
-        path = self.folder / f"{name}.yaml"
+    def config(self) -> Path:
+        """The shipped configuration with only public.launches."""
+        path = self.folder / "one-table.yaml"
         kept = {section: self.shipped[section] for section in ("source", "staging", "redshift")}
-        tables = {"public.launches": self.table | changes}
-        path.write_text(yaml.safe_dump(kept | {"tables": tables}, sort_keys=False))
+        kept["tables"] = {"public.launches": self.table}
+        path.write_text(yaml.safe_dump(kept, sort_keys=False))
         return path
 
     def python(self, name: str) -> Path:
@@ -255,7 +254,7 @@ def time_size(
     bench: Bench, names: list[str], rows: int, repeats: int, environment: dict[str, str]
 ) -> dict[str, Usage]:
     """One size; after the first run of each contender its rows are counted."""
-    config = bench.config("one-table")
+    config = bench.config()
     source = bench.input(f"launches-{rows}", launches(rows))
     csv, staged = bench.folder / "staged.csv", bench.run / "launches.csv.gz"
     parquet = "s3://bench/launches.parquet"
@@ -303,26 +302,6 @@ def time_size(
             f"CPU seconds, {least.memory / base.memory:.2f} times the memory. The CSV is the same."
         )
     return {name: of_each(median, usages) for name, usages in runs.items()}
-
-
-def time_special(bench: Bench) -> None:
-    """Inputs that are hard on memory, once and for main.py alone."""
-    fields = dict.fromkeys(next(odd_records("wide")), "varchar(64)")
-    long = bench.table["columns"] | {"details": "varchar(65535)"}
-    inputs = [
-        ("huge", 1_000, "launches, one of them of 50 MB", {}),
-        ("texts", 4_000, "launches with a text of 60 kB", {"columns": long}),
-        ("wide", 2_000, "records of 1,598 columns", {"columns": fields, "sort_key": ["id"]}),
-    ]
-    print("\n| input | JSON, MB | seconds | CPU seconds | peak memory, MB |")
-    print("| --- | ---: | ---: | ---: | ---: |")
-    for name, rows, title, changes in inputs:
-        source, config = bench.input(name, odd_records(name)), bench.config(name, **changes)
-        bench.clear()
-        usage = measure(dry_run(config, source), bench.run, {"TMPDIR": str(bench.run)})
-        bench.verify(rows)
-        figures = f"{source.stat().st_size / 1e6:.0f} | {usage.wall:.1f} | {usage.cpu:.1f}"
-        print(f"| {rows:,} {title} | {figures} | {usage.memory:.0f} |", flush=True)
 
 
 def time_small(bench: Bench, repeats: int) -> None:
@@ -382,14 +361,13 @@ def main() -> None:
     )
     option = parser.add_argument
     option("--sizes", type=int, nargs="+", metavar="N", help=f"default: {SIZES}")
-    option("--special", action="store_true")
     option("--small", action="store_true")
     option("--against", type=Path, metavar="FILE", help="another main.py, to compare with")
     option("--contenders", nargs="*", choices=PEERS, default=PEERS, help="beside main.py")
     option("--repeats", type=int, default=3, help="default: 3; --small makes three times as many")
     option("--folder", type=Path, default=ROOT / ".cache" / "bench", help="default: .cache/bench")
     given = parser.parse_args()
-    everything = not (given.sizes or given.special or given.small)
+    everything = not (given.sizes or given.small)
     given.folder.mkdir(parents=True, exist_ok=True)
     if given.against:
         TITLES["against"] = f"{given.against.name}, both tables"
@@ -397,8 +375,6 @@ def main() -> None:
         bench = Bench(given.folder.resolve(), servers, given.against)
         if given.sizes or everything:
             time_sizes(bench, given.contenders, given.sizes or SIZES, given.repeats)
-        if given.special or everything:
-            time_special(bench)
         if given.small or everything:
             time_small(bench, 3 * given.repeats)
         bench.clear()
