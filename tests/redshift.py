@@ -82,70 +82,7 @@ datestyle = iso
 timezone = UTC
 """
 
-HELPERS = """
-CREATE SCHEMA sandbox;
-GRANT USAGE ON SCHEMA sandbox TO PUBLIC;
-CREATE DOMAIN sandbox.super AS jsonb;
-
-CREATE FUNCTION sandbox.getdate() RETURNS timestamp STABLE
-    RETURN date_trunc('second', statement_timestamp() AT TIME ZONE 'UTC');
-CREATE FUNCTION sandbox.pg_last_copy_count() RETURNS bigint STABLE
-    RETURN coalesce(nullif(current_setting('sandbox.last_copy_count', true), ''), '0')::bigint;
-CREATE FUNCTION sandbox.pg_last_copy_id() RETURNS integer STABLE
-    RETURN coalesce(nullif(current_setting('sandbox.last_copy_id', true), ''), '-1')::integer;
-CREATE FUNCTION sandbox.raise(code text, message text, detail text) RETURNS void
-    LANGUAGE plpgsql AS $$
-BEGIN RAISE EXCEPTION USING ERRCODE = code, MESSAGE = message, DETAIL = detail; END $$;
-
-CREATE TABLE sandbox.load_errors (
-    query_id bigint, file_name varchar, line_number bigint, column_name varchar,
-    column_type varchar, column_length varchar, raw_field_value varchar, error_code integer,
-    error_message varchar);
-CREATE VIEW sandbox.sys_load_error_detail AS
-    SELECT query_id, file_name, line_number, column_name, column_type, column_length, error_code,
-           error_message
-    FROM sandbox.load_errors;
-CREATE VIEW sandbox.stl_load_errors AS
-    SELECT query_id AS query, file_name AS filename, line_number, column_name AS colname,
-           column_type AS type, column_length AS col_length, raw_field_value,
-           error_code AS err_code, error_message AS err_reason
-    FROM sandbox.load_errors;
-CREATE VIEW sandbox.svv_columns AS
-    SELECT table_schema, table_name, column_name, ordinal_position, is_nullable,
-           CASE domain_name WHEN 'super' THEN 'super' ELSE data_type END AS data_type,
-           character_maximum_length, numeric_precision, numeric_scale, column_default
-    FROM information_schema.columns
-    WHERE table_schema NOT IN ('sandbox', 'information_schema', 'pg_catalog')
-        AND current_setting('sandbox.svv_columns') = 'open';
-GRANT SELECT ON sandbox.sys_load_error_detail, sandbox.stl_load_errors, sandbox.svv_columns
-    TO PUBLIC;
-"""
-# VARCHAR's own operators, so that they are found before those of TEXT, with the functions of
-# bpchar, which is stored alike and compared without the spaces at its end.
-COMPARE_VARCHAR = """
-DO $$
-DECLARE operator text; name text;
-BEGIN
-    FOR operator, name IN
-        VALUES ('=', 'eq'), ('<>', 'ne'), ('<', 'lt'), ('<=', 'le'), ('>', 'gt'), ('>=', 'ge')
-    LOOP
-        EXECUTE format('CREATE FUNCTION sandbox.varchar_%1$s(varchar, varchar) RETURNS boolean'
-            ' LANGUAGE internal IMMUTABLE STRICT AS ''bpchar%1$s''', name);
-        EXECUTE format('CREATE OPERATOR sandbox.%s (LEFTARG = varchar, RIGHTARG = varchar,'
-            ' FUNCTION = sandbox.varchar_%s %s)',
-            operator, name, CASE name WHEN 'eq' THEN ', HASHES, MERGES' ELSE '' END);
-    END LOOP;
-END $$;
-CREATE FUNCTION sandbox.varchar_cmp(varchar, varchar) RETURNS int
-    LANGUAGE internal IMMUTABLE STRICT AS 'bpcharcmp';
-CREATE FUNCTION sandbox.varchar_hash(varchar) RETURNS int
-    LANGUAGE internal IMMUTABLE STRICT AS 'hashbpchar';
-CREATE OPERATOR CLASS sandbox.varchar_order DEFAULT FOR TYPE varchar USING btree AS
-    OPERATOR 1 sandbox.<, OPERATOR 2 sandbox.<=, OPERATOR 3 sandbox.=, OPERATOR 4 sandbox.>=,
-    OPERATOR 5 sandbox.>, FUNCTION 1 sandbox.varchar_cmp(varchar, varchar);
-CREATE OPERATOR CLASS sandbox.varchar_hash DEFAULT FOR TYPE varchar USING hash AS
-    OPERATOR 1 sandbox.=, FUNCTION 1 sandbox.varchar_hash(varchar);
-"""
+HELPERS = Path(__file__).with_name("data") / "redshift.sql"
 
 # What Redshift refuses although PostgreSQL knows it, and which masked SQL has it.
 REFUSED = {
@@ -818,9 +755,8 @@ def statement_name(batch: list[Message]) -> bytes:
     return b""
 
 
-def error_message(severity: str, code: str, message: str, detail: str = "") -> Message:
-    fields = {"S": severity, "V": severity, "C": code, "M": message, "D": detail}
-    return encode_error({key: text for key, text in fields.items() if text})
+def fatal_error(code: str, message: str) -> Message:
+    return encode_error({"S": "FATAL", "V": "FATAL", "C": code, "M": message})
 
 
 def encode_error(fields: dict[str, str]) -> Message:
@@ -914,12 +850,9 @@ class Session(socketserver.BaseRequestHandler):
             {key: parameters[key] for key in kept if key in parameters} | self.redshift.settings,
         )
         answer = self.backend.answer()
-        answer = [
-            Message(b"S", b"server_version\x008.0.2\0")
-            if message.body.startswith(b"server_version\0")
-            else message
-            for message in answer
-        ]
+        for number, message in enumerate(answer):
+            if message.body.startswith(b"server_version\0"):  # by which the driver reads COPY's tag
+                answer[number] = Message(b"S", b"server_version\x008.0.2\0")
         if answer[-1].kind == b"E":
             self.client.send(*answer)
             return False
@@ -927,7 +860,7 @@ class Session(socketserver.BaseRequestHandler):
         return True
 
     def refuse(self, message: str) -> bool:
-        self.client.send(error_message("FATAL", "28000", message))
+        self.client.send(fatal_error("28000", message))
         return False
 
     def serve(self) -> None:
@@ -950,7 +883,7 @@ class Session(socketserver.BaseRequestHandler):
             except Exception as error:
                 log.exception("the stand-in for Redshift failed")
                 text = f"the stand-in for Redshift failed: {type(error).__name__}: {error}"
-                self.client.send(error_message("FATAL", "XX000", text), Message(b"Z", b"I"))
+                self.client.send(fatal_error("XX000", text), Message(b"Z", b"I"))
                 return
             answer = [redshift_answer(message, self) for message in answer]
             self.client.send(*answer, Message(b"Z", self.backend.status))
@@ -1113,13 +1046,13 @@ def make_certificate(folder: Path, host: str) -> Certificate:
 class Redshift:
     """A running stand-in for a Redshift cluster; use it as a context manager.
 
-    `folder` gets the certificates; the data is in a temporary folder and gone at the end. `users`
-    are names and passwords. After the start, clients connect to
-    `host` and `port` and trust `ca`. `statements` has the text of every statement received; `hook`
-    is called with "before" or "after" and a statement's text around each that is run, and may
-    raise DropConnection, or RedshiftError for the client. `postgres` is PostgreSQL's own socket.
-    `settings` are those that each new session begins with: {ISOLATION: SNAPSHOT},
-    {"sandbox.svv_columns": "closed"} where an administrator has restricted the metadata.
+    `folder` gets the certificate; the data is in a temporary folder and gone at the end. `users`
+    are names and passwords. Clients connect to `host` and `port` and trust `ca`. `statements` has
+    the text of every statement received; `hook` is called with "before" or "after" and a
+    statement's text around each that is run, and may raise DropConnection, or RedshiftError for the
+    client. `postgres` is PostgreSQL's own socket. `settings` are those that each new session begins
+    with: {ISOLATION: SNAPSHOT}, {"sandbox.svv_columns": "closed"} where an administrator has
+    restricted the metadata.
     """
 
     host = "localhost"
@@ -1176,8 +1109,7 @@ class Redshift:
         with psycopg.connect(self.cluster.get_uri("postgres"), autocommit=True) as connection:
             connection.execute(f"CREATE DATABASE {quoted(self.database)}")
         with self.connect() as connection:
-            connection.execute(HELPERS)
-            connection.execute(COMPARE_VARCHAR)
+            connection.execute(HELPERS.read_bytes())
             for user in self.users:
                 connection.execute(
                     f"CREATE ROLE {quoted(user)} LOGIN;"
