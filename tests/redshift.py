@@ -16,8 +16,7 @@ may be closed to it: see `settings` of Redshift.
 It refuses the PostgreSQL syntax that Redshift does not know. It does not pretend to be Redshift in
 speed, in its catalog (beyond `svv_columns`), in privileges on its system tables, or in functions,
 UNLOAD, Spectrum, TRUNCATE, CREATE TABLE AS or LIKE, or identifiers over 63 bytes, nor does it keep
-a column's encoding. Several statements in one simple Query run one after another, not as one
-transaction.
+a column's encoding; and a simple Query holds one statement.
 """
 
 from __future__ import annotations
@@ -890,13 +889,8 @@ class Session(socketserver.BaseRequestHandler):
             batch = []
 
     def simple_query(self, message: Message) -> list[Message]:
-        answer: list[Message] = []
-        for statement in split(masked(message.body[:-1].decode()), ";"):
-            if statement or not answer:
-                answer += self.guarded(self.observed, plain(statement), self.run, statement)
-                if failed(answer):
-                    break
-        return answer
+        text = message.body[:-1].decode()
+        return self.guarded(self.observed, text, self.run, masked(text))
 
     def run(self, statement: str) -> list[Message]:
         translation = translate(statement)

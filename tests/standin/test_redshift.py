@@ -8,7 +8,6 @@ import json
 import ssl
 import threading
 
-import psycopg
 import pytest
 import redshift_connector
 
@@ -494,11 +493,3 @@ def test_stops_while_a_client_waits_for_a_lock(sandbox, tmp_path, connect, monke
         assert waiting.wait(60)
     thread.join(60)
     assert not thread.is_alive()
-
-
-def test_several_statements_stop_at_the_first_error(sandbox, redshift):
-    with sandbox.connect() as connection:
-        with pytest.raises(psycopg.errors.SyntaxError, match="does not support RETURNING"):
-            connection.execute("CREATE TABLE t (a int); SELECT 1 FROM t RETURNING 1; DROP TABLE t")
-        assert redshift.statements[-1] == "SELECT 1 FROM t RETURNING 1"
-        assert connection.execute("SELECT count(*) FROM t").fetchone() == (0,)
