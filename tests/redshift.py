@@ -5,7 +5,7 @@ and PostgreSQL's errors into Redshift's. It translates:
 
 * COPY from S3 (CSV, checked value by value as Redshift does, with its load error tables),
 * CREATE TABLE and ALTER TABLE (byte lengths, SUPER, distribution and sort keys, constraints that
-  are declared but not enforced), TRUNCATE (which commits), identifiers folded to lower case,
+  are declared but not enforced), identifiers folded to lower case,
 * serialization failures and too long values into the errors Redshift gives.
 
 Two VARCHAR values are compared without the spaces at their ends, in =, <>, <, IN, DISTINCT, GROUP
@@ -15,8 +15,8 @@ may be closed to it: see `settings` of Redshift.
 
 It refuses the PostgreSQL syntax that Redshift does not know. It does not pretend to be Redshift in
 speed, in its catalog (beyond `svv_columns`), in privileges on its system tables, or in functions,
-UNLOAD, Spectrum, CREATE TABLE AS, or identifiers over 63 bytes, nor does it keep a column's
-encoding. Several statements in one simple Query run one after another, not as one transaction.
+UNLOAD, Spectrum, TRUNCATE, CREATE TABLE AS or LIKE, or identifiers over 63 bytes, nor does it keep
+a column's encoding; and a simple Query holds one statement.
 """
 
 from __future__ import annotations
@@ -81,100 +81,28 @@ datestyle = iso
 timezone = UTC
 """
 
-HELPERS = """
-CREATE SCHEMA sandbox;
-GRANT USAGE ON SCHEMA sandbox TO PUBLIC;
-CREATE DOMAIN sandbox.super AS jsonb;
+HELPERS = Path(__file__).with_name("data") / "redshift.sql"
 
-CREATE FUNCTION sandbox.getdate() RETURNS timestamp STABLE
-    RETURN date_trunc('second', statement_timestamp() AT TIME ZONE 'UTC');
-CREATE FUNCTION sandbox.pg_last_copy_count() RETURNS bigint STABLE
-    RETURN coalesce(nullif(current_setting('sandbox.last_copy_count', true), ''), '0')::bigint;
-CREATE FUNCTION sandbox.pg_last_copy_id() RETURNS integer STABLE
-    RETURN coalesce(nullif(current_setting('sandbox.last_copy_id', true), ''), '-1')::integer;
-CREATE FUNCTION sandbox.raise(code text, message text, detail text) RETURNS void
-    LANGUAGE plpgsql AS $$
-BEGIN RAISE EXCEPTION USING ERRCODE = code, MESSAGE = message, DETAIL = detail; END $$;
-
-CREATE TABLE sandbox.load_errors (
-    query_id bigint, file_name varchar, line_number bigint, column_name varchar,
-    column_type varchar, column_length varchar, raw_field_value varchar, error_code integer,
-    error_message varchar);
-CREATE VIEW sandbox.sys_load_error_detail AS
-    SELECT query_id, file_name, line_number, column_name, column_type, column_length, error_code,
-           error_message
-    FROM sandbox.load_errors;
-CREATE VIEW sandbox.stl_load_errors AS
-    SELECT query_id AS query, file_name AS filename, line_number, column_name AS colname,
-           column_type AS type, column_length AS col_length, raw_field_value,
-           error_code AS err_code, error_message AS err_reason
-    FROM sandbox.load_errors;
-CREATE VIEW sandbox.svv_columns AS
-    SELECT table_schema, table_name, column_name, ordinal_position, is_nullable,
-           CASE domain_name WHEN 'super' THEN 'super' ELSE data_type END AS data_type,
-           character_maximum_length, numeric_precision, numeric_scale, column_default
-    FROM information_schema.columns
-    WHERE table_schema NOT IN ('sandbox', 'information_schema', 'pg_catalog')
-        AND current_setting('sandbox.svv_columns') = 'open';
-GRANT SELECT ON sandbox.sys_load_error_detail, sandbox.stl_load_errors, sandbox.svv_columns
-    TO PUBLIC;
-"""
-# VARCHAR's own operators, so that they are found before those of TEXT, with the functions of
-# bpchar, which is stored alike and compared without the spaces at its end.
-COMPARE_VARCHAR = """
-DO $$
-DECLARE operator text; name text;
-BEGIN
-    FOR operator, name IN
-        VALUES ('=', 'eq'), ('<>', 'ne'), ('<', 'lt'), ('<=', 'le'), ('>', 'gt'), ('>=', 'ge')
-    LOOP
-        EXECUTE format('CREATE FUNCTION sandbox.varchar_%1$s(varchar, varchar) RETURNS boolean'
-            ' LANGUAGE internal IMMUTABLE STRICT AS ''bpchar%1$s''', name);
-        EXECUTE format('CREATE OPERATOR sandbox.%s (LEFTARG = varchar, RIGHTARG = varchar,'
-            ' FUNCTION = sandbox.varchar_%s %s)',
-            operator, name, CASE name WHEN 'eq' THEN ', HASHES, MERGES' ELSE '' END);
-    END LOOP;
-END $$;
-CREATE FUNCTION sandbox.varchar_cmp(varchar, varchar) RETURNS int
-    LANGUAGE internal IMMUTABLE STRICT AS 'bpcharcmp';
-CREATE FUNCTION sandbox.varchar_hash(varchar) RETURNS int
-    LANGUAGE internal IMMUTABLE STRICT AS 'hashbpchar';
-CREATE OPERATOR CLASS sandbox.varchar_order DEFAULT FOR TYPE varchar USING btree AS
-    OPERATOR 1 sandbox.<, OPERATOR 2 sandbox.<=, OPERATOR 3 sandbox.=, OPERATOR 4 sandbox.>=,
-    OPERATOR 5 sandbox.>, FUNCTION 1 sandbox.varchar_cmp(varchar, varchar);
-CREATE OPERATOR CLASS sandbox.varchar_hash DEFAULT FOR TYPE varchar USING hash AS
-    OPERATOR 1 sandbox.=, FUNCTION 1 sandbox.varchar_hash(varchar);
-"""
-
-# What Redshift refuses although PostgreSQL knows it: (pattern in the masked SQL, what to say).
-REFUSED = [
-    (
-        re.compile(pattern, re.IGNORECASE | re.DOTALL),
-        f"syntax error: Redshift does not support {what}",
-    )
-    for pattern, what in [
-        (r"\bON\s+CONFLICT\s*(?:\(|ON\b|DO\b)", "ON CONFLICT"),
-        (r"^CREATE\s+(?:UNIQUE\s+)?INDEX\b", "CREATE INDEX"),
-        (r"\bRETURNING\b", "RETURNING"),
-        (r"\bADD\s+(?:COLUMN\s+)?IF\s+NOT\s+EXISTS\b", "ADD COLUMN IF NOT EXISTS"),
-        (r"::\s*(?:jsonb?|uuid|bytea)\b", "this type"),
-        (r"\bAS\s+(?:jsonb?|uuid|bytea)\s*\)", "this type"),
-        (r"\[\s*\]|\bARRAY\s*\[", "arrays"),
-        (r"^CREATE\s+(?:OR\s+REPLACE\s+)?(?:CONSTRAINT\s+)?TRIGGER\b", "triggers"),
-        (
-            r"\bGENERATED\s+(?:ALWAYS|BY\s+DEFAULT)\s+AS\s+IDENTITY\b(?!\s*\(\s*\d)",
-            "identity columns as PostgreSQL writes them",
-        ),
-        (r"^CREATE\s+UNLOGGED\b", "UNLOGGED"),
-        (r"\bLATERAL\b", "LATERAL"),
-        (r"\bFILTER\s*\(\s*WHERE\b", "FILTER"),
-        (r"^CREATE\b.*\bINHERITS\s*\(", "INHERITS"),
-        (r"\bFOR\s+(?:NO\s+KEY\s+UPDATE|UPDATE|KEY\s+SHARE|SHARE)\b", "FOR UPDATE"),
-        (r"\bDISTINCT\s+ON\b", "DISTINCT ON"),
-        (r"^(?:CREATE|ALTER)\s+.*\bTABLE\b.*\bCHECK\s*\(", "CHECK constraints"),
-        (r"^ALTER\s+TABLE\b.*\bALTER\s+(?:COLUMN\s+)?\S+\s+(?:SET|DROP)\b", "SET on a column"),
-    ]
-]
+# What Redshift refuses although PostgreSQL knows it, and which masked SQL has it.
+REFUSED = {
+    "ON CONFLICT": r"\bON\s+CONFLICT\s*(?:\(|ON\b|DO\b)",
+    "CREATE INDEX": r"^CREATE\s+(?:UNIQUE\s+)?INDEX\b",
+    "RETURNING": r"\bRETURNING\b",
+    "ADD COLUMN IF NOT EXISTS": r"\bADD\s+(?:COLUMN\s+)?IF\s+NOT\s+EXISTS\b",
+    "this type": r"::\s*(?:jsonb?|uuid|bytea)\b|\bAS\s+(?:jsonb?|uuid|bytea)\s*\)",
+    "arrays": r"\[\s*\]|\bARRAY\s*\[",
+    "triggers": r"^CREATE\s+(?:OR\s+REPLACE\s+)?(?:CONSTRAINT\s+)?TRIGGER\b",
+    "IDENTITY without numbers": r"\bGENERATED\s+[\w\s]+\s+AS\s+IDENTITY\b(?!\s*\(\s*\d)",
+    "UNLOGGED": r"^CREATE\s+UNLOGGED\b",
+    "LATERAL": r"\bLATERAL\b",
+    "FILTER": r"\bFILTER\s*\(\s*WHERE\b",
+    "INHERITS": r"^CREATE\b.*\bINHERITS\s*\(",
+    "FOR UPDATE": r"\bFOR\s+(?:NO\s+KEY\s+UPDATE|UPDATE|KEY\s+SHARE|SHARE)\b",
+    "DISTINCT ON": r"\bDISTINCT\s+ON\b",
+    "CHECK constraints": r"^(?:CREATE|ALTER)\s+.*\bTABLE\b.*\bCHECK\s*\(",
+    "SET on a column": r"^ALTER\s+TABLE\b.*\bALTER\s+(?:COLUMN\s+)?\S+\s+(?:SET|DROP)\b",
+    "TRUNCATE inside a transaction": r"^TRUNCATE\b",
+}
 
 
 class RedshiftError(Exception):
@@ -321,15 +249,13 @@ SYSDATE = re.compile(r"\bSYSDATE\b", re.IGNORECASE)
 
 def translate(statement: str) -> Translation:
     """What to do for one masked statement of Redshift's SQL."""
-    for pattern, message in REFUSED:
-        if pattern.search(statement):
-            raise syntax_error(message)
+    for what, pattern in REFUSED.items():
+        if re.search(pattern, statement, re.IGNORECASE | re.DOTALL):
+            raise syntax_error(f"syntax error: Redshift does not support {what}")
     statement = SYSDATE.sub("(transaction_timestamp() AT TIME ZONE 'UTC')", statement)
     keyword = statement[:8].upper()
     if keyword.startswith("COPY"):
         return copy_command(statement).run
-    if keyword.startswith("TRUNCATE"):
-        return lambda session: session.truncate(plain(statement))
     if match := CREATE_TABLE.match(statement):
         return create_table(*match.groups())
     if match := ALTER_TABLE.match(statement):
@@ -355,9 +281,6 @@ def create_table(head: str, definitions: str | None, rest: str) -> str:
 
 def column_definition(definition: str) -> tuple[str, str]:
     """The name of a column and its definition for PostgreSQL, with its length in bytes."""
-    if re.match(r"LIKE\b", definition, re.IGNORECASE):
-        # They hold the byte lengths.
-        return definition, plain(definition) + " INCLUDING CONSTRAINTS"
     match = COLUMN.match(definition)
     if not match:
         raise syntax_error(f'syntax error at or near "{plain(definition)}"')
@@ -831,9 +754,8 @@ def statement_name(batch: list[Message]) -> bytes:
     return b""
 
 
-def error_message(severity: str, code: str, message: str, detail: str = "") -> Message:
-    fields = {"S": severity, "V": severity, "C": code, "M": message, "D": detail}
-    return encode_error({key: text for key, text in fields.items() if text})
+def fatal_error(code: str, message: str) -> Message:
+    return encode_error({"S": "FATAL", "V": "FATAL", "C": code, "M": message})
 
 
 def encode_error(fields: dict[str, str]) -> Message:
@@ -927,12 +849,9 @@ class Session(socketserver.BaseRequestHandler):
             {key: parameters[key] for key in kept if key in parameters} | self.redshift.settings,
         )
         answer = self.backend.answer()
-        answer = [
-            Message(b"S", b"server_version\x008.0.2\0")
-            if message.body.startswith(b"server_version\0")
-            else message
-            for message in answer
-        ]
+        for number, message in enumerate(answer):
+            if message.body.startswith(b"server_version\0"):  # by which the driver reads COPY's tag
+                answer[number] = Message(b"S", b"server_version\x008.0.2\0")
         if answer[-1].kind == b"E":
             self.client.send(*answer)
             return False
@@ -940,7 +859,7 @@ class Session(socketserver.BaseRequestHandler):
         return True
 
     def refuse(self, message: str) -> bool:
-        self.client.send(error_message("FATAL", "28000", message))
+        self.client.send(fatal_error("28000", message))
         return False
 
     def serve(self) -> None:
@@ -963,20 +882,15 @@ class Session(socketserver.BaseRequestHandler):
             except Exception as error:
                 log.exception("the stand-in for Redshift failed")
                 text = f"the stand-in for Redshift failed: {type(error).__name__}: {error}"
-                self.client.send(error_message("FATAL", "XX000", text), Message(b"Z", b"I"))
+                self.client.send(fatal_error("XX000", text), Message(b"Z", b"I"))
                 return
             answer = [redshift_answer(message, self) for message in answer]
             self.client.send(*answer, Message(b"Z", self.backend.status))
             batch = []
 
     def simple_query(self, message: Message) -> list[Message]:
-        answer: list[Message] = []
-        for statement in split(masked(message.body[:-1].decode()), ";"):
-            if statement or not answer:
-                answer += self.guarded(self.observed, plain(statement), self.run, statement)
-                if failed(answer):
-                    break
-        return answer
+        text = message.body[:-1].decode()
+        return self.guarded(self.observed, text, self.run, masked(text))
 
     def run(self, statement: str) -> list[Message]:
         translation = translate(statement)
@@ -1049,13 +963,6 @@ class Session(socketserver.BaseRequestHandler):
             case _:
                 del self.actions[name]
                 return [Message(b"3")]
-
-    def truncate(self, text: str) -> str:
-        in_transaction = self.backend.status != b"I"
-        self.backend.rows(text)
-        if in_transaction:
-            self.backend.rows("COMMIT")
-        return "TRUNCATE TABLE"
 
     def resize(self, table: str, column: str, data_type: str) -> str:
         """ALTER TABLE … ALTER COLUMN … TYPE varchar(n)."""
@@ -1133,13 +1040,13 @@ def make_certificate(folder: Path, host: str) -> Certificate:
 class Redshift:
     """A running stand-in for a Redshift cluster; use it as a context manager.
 
-    `folder` gets the certificates; the data is in a temporary folder and gone at the end. `users`
-    are names and passwords. After the start, clients connect to
-    `host` and `port` and trust `ca`. `statements` has the text of every statement received; `hook`
-    is called with "before" or "after" and a statement's text around each that is run, and may
-    raise DropConnection, or RedshiftError for the client. `postgres` is PostgreSQL's own socket.
-    `settings` are those that each new session begins with: {ISOLATION: SNAPSHOT},
-    {"sandbox.svv_columns": "closed"} where an administrator has restricted the metadata.
+    `folder` gets the certificate; the data is in a temporary folder and gone at the end. `users`
+    are names and passwords. Clients connect to `host` and `port` and trust `ca`. `statements` has
+    the text of every statement received; `hook` is called with "before" or "after" and a
+    statement's text around each that is run, and may raise DropConnection, or RedshiftError for the
+    client. `postgres` is PostgreSQL's own socket. `settings` are those that each new session begins
+    with: {ISOLATION: SNAPSHOT}, {"sandbox.svv_columns": "closed"} where an administrator has
+    restricted the metadata.
     """
 
     host = "localhost"
@@ -1196,8 +1103,7 @@ class Redshift:
         with psycopg.connect(self.cluster.get_uri("postgres"), autocommit=True) as connection:
             connection.execute(f"CREATE DATABASE {quoted(self.database)}")
         with self.connect() as connection:
-            connection.execute(HELPERS)
-            connection.execute(COMPARE_VARCHAR)
+            connection.execute(HELPERS.read_bytes())
             for user in self.users:
                 connection.execute(
                     f"CREATE ROLE {quoted(user)} LOGIN;"

@@ -2,7 +2,6 @@
 
     python tests/bench/compare.py                 all that follows
     python tests/bench/compare.py --sizes 20000   one JSON file to staged files, by size
-    python tests/bench/compare.py --special       records out of the ordinary
     python tests/bench/compare.py --small         205 launches from the source to the database
     python tests/bench/compare.py --against FILE  any of these with another main.py beside it,
                                                   whose CSV must be the same
@@ -38,7 +37,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import yaml
-from generate import launches, odd_records, write
+from generate import launches, write
 
 BENCH = Path(__file__).resolve().parent
 ROOT = BENCH.parent.parent
@@ -46,8 +45,8 @@ MAIN, CONFIG = ROOT / "sequra_challenge" / "main.py", ROOT / "conf" / "pipeline.
 PINNED = {
     "duckdb": ["duckdb==2.0.1"],
     "polars": ["polars==2.1.0"],
-    "awswrangler": ["awswrangler[redshift]==3.17.1", "pandas==3.1.1", "pyarrow==25.0.1"],
-    "dlt": ["dlt[filesystem,redshift]==1.31.0"],
+    "awswrangler": ["awswrangler==3.17.1", "pandas==3.1.1", "pyarrow==25.0.1"],
+    "dlt": ["dlt[filesystem]==1.31.0"],
     "plot": ["matplotlib==3.11.2"],
 }
 TITLES = {
@@ -167,12 +166,12 @@ class Bench:
         note(f"{path.name}: {path.stat().st_size / 1e6:.0f} MB")
         return path
 
-    def config(self, name: str, **changes: Any) -> Path:
-        """The shipped configuration with only public.launches, changed."""
-        path = self.folder / f"{name}.yaml"
+    def config(self) -> Path:
+        """The shipped configuration with only public.launches."""
+        path = self.folder / "one-table.yaml"
         kept = {section: self.shipped[section] for section in ("source", "staging", "redshift")}
-        tables = {"public.launches": self.table | changes}
-        path.write_text(yaml.safe_dump(kept | {"tables": tables}, sort_keys=False))
+        kept["tables"] = {"public.launches": self.table}
+        path.write_text(yaml.safe_dump(kept, sort_keys=False))
         return path
 
     def python(self, name: str) -> Path:
@@ -255,7 +254,7 @@ def time_size(
     bench: Bench, names: list[str], rows: int, repeats: int, environment: dict[str, str]
 ) -> dict[str, Usage]:
     """One size; after the first run of each contender its rows are counted."""
-    config = bench.config("one-table")
+    config = bench.config()
     source = bench.input(f"launches-{rows}", launches(rows))
     csv, staged = bench.folder / "staged.csv", bench.run / "launches.csv.gz"
     parquet = "s3://bench/launches.parquet"
@@ -305,33 +304,13 @@ def time_size(
     return {name: of_each(median, usages) for name, usages in runs.items()}
 
 
-def time_special(bench: Bench) -> None:
-    """Inputs that are hard on memory, once and for main.py alone."""
-    fields = dict.fromkeys(next(odd_records("wide")), "varchar(64)")
-    long = bench.table["columns"] | {"details": "varchar(65535)"}
-    inputs = [
-        ("huge", 1_000, "launches, one of them of 50 MB", {}),
-        ("texts", 4_000, "launches with a text of 60 kB", {"columns": long}),
-        ("wide", 2_000, "records of 1,598 columns", {"columns": fields, "sort_key": ["id"]}),
-    ]
-    print("\n| input | JSON, MB | seconds | CPU seconds | peak memory, MB |")
-    print("| --- | ---: | ---: | ---: | ---: |")
-    for name, rows, title, changes in inputs:
-        source, config = bench.input(name, odd_records(name)), bench.config(name, **changes)
-        bench.clear()
-        usage = measure(dry_run(config, source), bench.run, {"TMPDIR": str(bench.run)})
-        bench.verify(rows)
-        figures = f"{source.stat().st_size / 1e6:.0f} | {usage.wall:.1f} | {usage.cpu:.1f}"
-        print(f"| {rows:,} {title} | {figures} | {usage.memory:.0f} |", flush=True)
-
-
-def time_small(bench: Bench, peers: list[str], repeats: int) -> None:
+def time_small(bench: Bench, repeats: int) -> None:
     """As many launches as the API has, from an HTTP server into tests/sandbox.py's database."""
-    rows, environment = 205, {"RUNTIME__DLTHUB_TELEMETRY": "false"}
+    rows, environment = 205, dict[str, str]()
     source = bench.input(f"launches-{rows}", launches(rows))
     bench.clear()
     served = bench.start_http("http.server", "-b", "127.0.0.1", "-d", bench.folder)
-    url, bucket, secret = f"{served}/{source.name}", "my-data-bucket", "redshift/spacex"
+    url = f"{served}/{source.name}"
     command = [sys.executable, "-u", ROOT / "tests" / "sandbox.py", "--keep", "--source", source]
     sandbox = bench.start(*command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     psql = ""
@@ -340,27 +319,17 @@ def time_small(bench: Bench, peers: list[str], repeats: int) -> None:
         if psql.startswith("export "):
             name, _, value = shlex.split(psql)[1].partition("=")
             environment[name] = value
-    environment["AWS_DEFAULT_REGION"] = environment["AWS_REGION"]
     sql = [*shlex.split(psql), "-qAtc"]
     commands: dict[str, list[Any]] = {"ours": [sys.executable, MAIN, "--source", url]}
     if bench.against:
         commands["against"] = [sys.executable, bench.against, "--config", CONFIG, "--source", url]
-    jobs = {"awswrangler": [url, bucket, secret], "dlt": [url, bench.run, secret]}
-    for name in peers:
-        if name in jobs:
-            commands[name] = bench.tool(name, f"load_{name}", *jobs[name])
-    if "dlt" in peers:
-        # A function of Redshift that dlt uses and the sandbox lacks.
-        function = "CREATE FUNCTION json_parse(text) RETURNS jsonb IMMUTABLE RETURN $1::jsonb"
-        subprocess.run([*sql, function], check=True)
     packages = "import requests, pandas, boto3, yaml, redshift_connector"
     commands["imports"] = [sys.executable, "-c", packages]
 
     def load(name: str, _: bool) -> Usage:
         usage = measure(commands[name], bench.run, environment)
         if name != "imports":
-            table = "dlt.launches" if name == "dlt" else "public.launches"
-            delete = f"DELETE FROM {table} RETURNING 1"
+            delete = "DELETE FROM public.launches RETURNING 1"
             check(rows, *sql, f"WITH deleted AS ({delete}) SELECT count(*) FROM deleted")
         return usage
 
@@ -392,14 +361,13 @@ def main() -> None:
     )
     option = parser.add_argument
     option("--sizes", type=int, nargs="+", metavar="N", help=f"default: {SIZES}")
-    option("--special", action="store_true")
     option("--small", action="store_true")
     option("--against", type=Path, metavar="FILE", help="another main.py, to compare with")
     option("--contenders", nargs="*", choices=PEERS, default=PEERS, help="beside main.py")
     option("--repeats", type=int, default=3, help="default: 3; --small makes three times as many")
     option("--folder", type=Path, default=ROOT / ".cache" / "bench", help="default: .cache/bench")
     given = parser.parse_args()
-    everything = not (given.sizes or given.special or given.small)
+    everything = not (given.sizes or given.small)
     given.folder.mkdir(parents=True, exist_ok=True)
     if given.against:
         TITLES["against"] = f"{given.against.name}, both tables"
@@ -407,10 +375,8 @@ def main() -> None:
         bench = Bench(given.folder.resolve(), servers, given.against)
         if given.sizes or everything:
             time_sizes(bench, given.contenders, given.sizes or SIZES, given.repeats)
-        if given.special or everything:
-            time_special(bench)
         if given.small or everything:
-            time_small(bench, given.contenders, 3 * given.repeats)
+            time_small(bench, 3 * given.repeats)
         bench.clear()
     print(f"\n{machine()}")
 

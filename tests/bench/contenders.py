@@ -3,14 +3,13 @@
     python tests/bench/contenders.py NAME ARGUMENT…
 
 compare.py runs each function here as a process of its own, in an environment that has its tool.
-The load_ ones do the whole job: source, S3, Redshift. The others turn a JSON file into staged files
-of all launches: one table, a column for each path, arrays as JSON.
+Each turns a JSON file into staged files of all launches: one table, a column for each path, arrays
+as JSON.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 import zlib
 from pathlib import Path
@@ -123,74 +122,9 @@ def dlt(source: str, folder: str) -> None:
         dataset_name="dlt",
         pipelines_dir=f"{folder}/work",
     )
-    pipeline.run(records(), table_name="launches", columns=dlt_columns(), loader_file_format="csv")
-
-
-def dlt_columns() -> dict[str, dict[str, str]]:
-    """What dlt is told of the columns; the rest it infers."""
-    arrays = {name: {"data_type": "json"} for name in ARRAYS.split()}
-    return arrays | {"date_local": {"data_type": "text"}}  # a timestamp would lose the offset
-
-
-def load_awswrangler(url: str, bucket: str, secret: str) -> None:
-    """CSV in S3 through awswrangler; COPY and the swap through the driver that it also uses.
-
-    wr.redshift.copy does more of that by itself, but stages Parquet, which tests/redshift.py
-    cannot read. The table is the one that main.py has made.
-    """
-    import awswrangler as wr
-    import pandas as pd
-    import redshift_connector
-    import requests
-
-    answer = requests.get(url, timeout=60)
-    answer.raise_for_status()
-    frame = pd.json_normalize(answer.json(), sep="_")
-    frame = frame.drop(columns="fairings")  # null where there are none; the rest is fairings_…
-    for name in ARRAYS.replace("__", "_").split():
-        frame[name] = [json.dumps(v) if isinstance(v, list) else None for v in frame[name]]
-    file = f"s3://{bucket}/awswrangler/launches.csv.gz"
-    frame = frame.convert_dtypes()  # else an integer column with a null in it becomes float
-    wr.s3.to_csv(frame, file, index=False, compression="gzip", na_rep="NULL")
-    names = ", ".join(f'"{name}"' for name in frame)
-    login = {k.lower(): v for k, v in wr.secretsmanager.get_secret_json(secret).items()}
-    with redshift_connector.connect(**login) as connection, connection.cursor() as cursor:
-        cursor.execute("CREATE TEMP TABLE staged (LIKE public.launches)")
-        cursor.execute(
-            f"COPY staged ({names}) FROM '{file}' IAM_ROLE default REGION "
-            f"'{os.environ['AWS_REGION']}' GZIP CSV IGNOREHEADER 1 NULL AS 'NULL' TIMEFORMAT 'auto'"
-        )
-        cursor.execute("DELETE FROM public.launches")
-        cursor.execute(f"INSERT INTO public.launches ({names}) SELECT {names} FROM staged")
-        connection.commit()
-
-
-def load_dlt(url: str, folder: str, secret: str) -> None:
-    """Its redshift destination as it is by default: INSERT statements, no files in S3.
-
-    Staged files it would COPY as JSON or Parquet, which tests/redshift.py cannot read.
-    """
-    import botocore.session
-    import dlt
-    from dlt.destinations import redshift
-    from dlt.sources.helpers import requests
-
-    def records():
-        yield requests.get(url).json()
-
-    manager = botocore.session.get_session().create_client("secretsmanager")
-    text = manager.get_secret_value(SecretId=secret)["SecretString"]
-    login = {k.lower(): v for k, v in json.loads(text).items()}
-    login["username"] = login.pop("user")
-    pipeline = dlt.pipeline(
-        "bench",
-        destination=redshift(credentials=login),
-        dataset_name="dlt",
-        pipelines_dir=f"{folder}/work",
-    )
-    pipeline.run(
-        records(), table_name="launches", columns=dlt_columns(), write_disposition="replace"
-    )
+    columns = {name: {"data_type": "json"} for name in ARRAYS.split()}
+    columns["date_local"] = {"data_type": "text"}  # a timestamp would lose the offset
+    pipeline.run(records(), table_name="launches", columns=columns, loader_file_format="csv")
 
 
 if __name__ == "__main__":

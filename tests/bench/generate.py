@@ -19,8 +19,6 @@ from typing import Any
 
 SAMPLE = Path(__file__).resolve().parent.parent / "data" / "launches.json"
 FIRST = datetime(2006, 3, 24, 22, 30, tzinfo=UTC)
-WIDE = [f"field_{number:04}" for number in range(1, 1_598)]  # and id: with the two that the
-# load adds, 1,600 columns, the most that a table in Redshift can have
 PHOTO = "https://live.staticflickr.com/65535/{}_{:010x}_o.jpg"
 
 
@@ -90,24 +88,6 @@ def hex_id(random: Random) -> str:
 def api_time(moment: datetime) -> str:
     """A moment as the API writes it."""
     return f"{moment:%Y-%m-%dT%H:%M:%S}.000Z"
-
-
-def odd_records(kind: str) -> Iterator[dict[str, Any]]:
-    """Yields records that are hard on memory: 50 MB in one, long texts, many fields."""
-    if kind == "wide":
-        for number in range(2_000):
-            yield {name: f"{name} of {number}" for name in WIDE} | {"id": str(number)}
-        return
-    failures = [
-        {"time": n, "altitude": None, "reason": "Lost in the bench"} for n in range(250_000)
-    ]
-    for number, launch in enumerate(launches(1_000 if kind == "huge" else 4_000)):
-        if kind == "texts":
-            yield launch | {"details": f"{number} " + "0123456789" * 6_000}
-        elif number == 500:  # the array just fits into a super column; nothing loads the other
-            yield launch | {"failures": failures, "telemetry": [n / 8 for n in range(4_300_000)]}
-        else:
-            yield launch
 
 
 def write(path: Path, records: Iterable[dict[str, Any]]) -> None:

@@ -67,24 +67,6 @@ def faults(content: Any) -> list[str]:
     return [line.strip() for line in rest]
 
 
-def test_a_valid_file_is_read() -> None:
-    config = read(changed(VALID, {"staging / kms_key": "alias/loads"}))
-    staging = config.staging
-    assert (staging.bucket, staging.prefix, staging.kms_key) == ("bucket", "spacex", "alias/loads")
-    assert config.source.url == "https://example.org/v5/launches"
-    assert config.redshift.secret == "redshift/spacex"
-    launches, cores = config.tables
-    assert (launches.name, launches.key, launches.mode) == ("public.launches", ("id",), "upsert")
-    assert (launches.sort_key, launches.dist_key) == (("date_utc",), "id")
-    assert (launches.rows, launches.parent) == ("", None)
-    assert (cores.mode, cores.rows, cores.parent) == ("replace", "cores", "launch")
-    assert (cores.key, cores.sort_key, cores.dist_key) == (("launch_id", "position"), (), None)
-    key, _, small, *_ = launches.columns
-    assert (key.type, key.not_null) == ("varchar(24)", True)
-    assert (small.path, small.name) == (("links", "patch", "small"), "links_patch_small")
-    assert (small.type, small.not_null) == ("varchar(1024)", False)
-
-
 WRONG: dict[str, dict[str, list[Any]]] = yaml.safe_load(
     (SAMPLE.parent / "wrong_settings.yaml").read_text("utf-8")
 )
@@ -109,17 +91,6 @@ def test_a_wrong_setting_is_refused_and_shown_unless_it_may_be_secret(
         is_secret = setting.startswith(("alerts", "source.headers"))
         text = value if isinstance(value, list | dict) else str(value)
         assert fault.endswith("not what is there" if is_secret else f"not {text!r}")
-
-
-TYPES = """boolean smallint integer bigint real decimal(1,0) decimal(38,38) varchar(1)
-    varchar(65535) date timestamp timestamptz super"""
-
-
-@pytest.mark.parametrize("type_", [*TYPES.split(), "double precision"])
-def test_every_type_is_accepted(type_: str) -> None:
-    for suffix in ("", " not null"):
-        column = table_of({"id": "integer", "mass": type_ + suffix}).columns[1]
-        assert (column.type, column.not_null) == (type_, bool(suffix))
 
 
 def test_names_that_redshift_or_the_load_has_taken_are_refused() -> None:

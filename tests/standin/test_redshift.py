@@ -8,7 +8,6 @@ import json
 import ssl
 import threading
 
-import psycopg
 import pytest
 import redshift_connector
 
@@ -109,7 +108,7 @@ def test_the_certificate_is_checked_as_strictly_as_by_the_newest_python(
     strict.verify_flags |= ssl.VERIFY_X509_STRICT | ssl.VERIFY_X509_PARTIAL_CHAIN
     with monkeypatch.context() as patched:
         patched.setattr(ssl, "create_default_context", lambda *_, **__: strict)
-        assert (b"server_version", b"8.0.2") in connect().parameter_statuses
+        assert run(connect(), "SELECT 1") == [(1,)]
     monkeypatch.delenv("SSL_CERT_FILE")
     with pytest.raises(redshift_connector.InterfaceError) as caught:
         connect()
@@ -305,19 +304,17 @@ def test_copy_refuses_statements(connection):
 # --- tables --------------------------------------------------------------------------------------
 
 
-def test_byte_length_is_kept_by_like(connection):
+def test_lengths_are_in_bytes(connection):
     run(connection, "CREATE TABLE t (a varchar(3) NOT NULL, b varchar, c text, d varchar(max))")
-    run(connection, "CREATE TEMP TABLE s (LIKE public.t INCLUDING DEFAULTS)")
-    for table in "t", "s":
-        run(connection, f"INSERT INTO {table} VALUES ('éa', 'x', 'x', 'x')")
-        for values in "'éé', '', '', ''", "'abcd', '', '', ''":
-            error = refused(connection, f"INSERT INTO {table} VALUES ({values})")
-            assert error["M"] == "Value too long for character type"
-        for column in "b", "c":
-            sized = f"INSERT INTO {table} (a, {column}) VALUES ('', repeat('é', %s))"
-            run(connection, sized % 128)
-            assert refused(connection, sized % 129)["M"] == "Value too long for character type"
-        run(connection, f"INSERT INTO {table} (a, d) VALUES ('', repeat('x', 65535))")
+    run(connection, "INSERT INTO t VALUES ('éa', 'x', 'x', 'x')")
+    for values in "'éé', '', '', ''", "'abcd', '', '', ''":
+        error = refused(connection, f"INSERT INTO t VALUES ({values})")
+        assert error["M"] == "Value too long for character type"
+    for column in "b", "c":
+        sized = f"INSERT INTO t (a, {column}) VALUES ('', repeat('é', %s))"
+        run(connection, sized % 128)
+        assert refused(connection, sized % 129)["M"] == "Value too long for character type"
+    run(connection, "INSERT INTO t (a, d) VALUES ('', repeat('x', 65535))")
     assert refused(connection, "CREATE TABLE u (a varchar(65536))")["C"] == "22023"
 
 
@@ -364,6 +361,8 @@ ALTER TABLE known ADD COLUMN b int NOT NULL
 ALTER TABLE known ADD PRIMARY KEY (a)
 CREATE TRIGGER x AFTER INSERT ON known EXECUTE FUNCTION f()
 SELECT '{}'::jsonb
+TRUNCATE known
+CREATE TABLE t (LIKE known)
 SELECT CAST('{}' AS json)
 SELECT ARRAY[1]
 SELECT * FROM known, LATERAL (SELECT 1) x
@@ -416,7 +415,7 @@ def test_alter_table(connection):
 
 def test_varchars_that_differ_in_spaces_at_the_end_are_equal(connection):
     run(connection, "CREATE TABLE t (a varchar(5), n int)")
-    run(connection, "CREATE TEMP TABLE s (LIKE t)")
+    run(connection, "CREATE TEMP TABLE s (a varchar(5), n int)")
     run(connection, "INSERT INTO t VALUES ('a', 1), ('a ', 1), (' a', 1), ('b', 1)")
     run(connection, "INSERT INTO s VALUES ('a  ', 1), ('c', 1)")
     doubles = "SELECT rtrim(a), count(*) FROM t GROUP BY {} HAVING count(*) > 1"
@@ -435,20 +434,6 @@ def test_varchars_that_differ_in_spaces_at_the_end_are_equal(connection):
 
 
 # --- transactions --------------------------------------------------------------------------------
-
-
-def test_truncate_commits(redshift, connection):
-    run(connection, "CREATE TABLE t (a int)")
-    run(connection, "CREATE TABLE other (a int)")
-    run(connection, "INSERT INTO t VALUES (1)")
-    connection.autocommit = False
-    run(connection, "INSERT INTO other VALUES (1)")
-    run(connection, "TRUNCATE t")
-    assert not connection.in_transaction
-    connection.rollback()
-    with redshift.connect() as truth:
-        counts = truth.execute("SELECT (SELECT count(*) FROM t), (SELECT count(*) FROM other)")
-        assert counts.fetchone() == (0, 1)
 
 
 @pytest.mark.parametrize(
@@ -508,11 +493,3 @@ def test_stops_while_a_client_waits_for_a_lock(sandbox, tmp_path, connect, monke
         assert waiting.wait(60)
     thread.join(60)
     assert not thread.is_alive()
-
-
-def test_several_statements_stop_at_the_first_error(sandbox, redshift):
-    with sandbox.connect() as connection:
-        with pytest.raises(psycopg.errors.SyntaxError, match="does not support RETURNING"):
-            connection.execute("CREATE TABLE t (a int); SELECT 1 FROM t RETURNING 1; DROP TABLE t")
-        assert redshift.statements[-1] == "SELECT 1 FROM t RETURNING 1"
-        assert connection.execute("SELECT count(*) FROM t").fetchone() == (0,)
