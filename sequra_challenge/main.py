@@ -1277,8 +1277,6 @@ def to_time(kind: str, text: object) -> str:
 SUPER = json.JSONEncoder(
     ensure_ascii=False, allow_nan=False, check_circular=False, separators=(",", ":"), default=float
 )
-
-
 STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"')  # in JSON
 
 
@@ -1321,7 +1319,7 @@ def refuse_doubles(table: Table, keys: list[dict[Any, Any]]) -> None:
 
 def warn_of_drift(tables: tuple[Table, ...], names: FieldNames) -> None:
     """Logs the fields that no table loads, and those that no record has."""
-    met = {(), *((*path, name) for path, found in names.items() for name in found)}
+    met = {(*path, name) for path, found in names.items() for name in found}
     known, wanted = set[tuple[str, ...]](), set[tuple[str, ...]]()
     for table in tables:
         paths, rows = [source_path(table, c.path) for c in table.columns], split_path(table.rows)
@@ -1335,7 +1333,7 @@ def warn_of_drift(tables: tuple[Table, ...], names: FieldNames) -> None:
     unknown = map(join_path, sorted(met - known))
     if shown := ", ".join(path if path.isprintable() else shorten(path) for path in unknown):
         log.warning("the source has fields that no table loads: %s", shown)
-    for path in sorted(wanted - met):
+    for path in sorted(wanted - met - {()}):
         log.warning("no record has the field %s, so its column is null", join_path(path))
 
 

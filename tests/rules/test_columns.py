@@ -169,6 +169,15 @@ def test_a_position_that_is_no_column_is_a_field_like_others(
     assert UNKNOWN + "images[].position" in warnings(caplog, table, record)
 
 
+def test_fields_of_elements_that_no_record_has_are_not_missed(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    table = table_of(IMAGE_COLUMNS | {"product": "super", "src": "varchar(9)"}, **IMAGES)
+    record = {"id": 1, "images": [{"src": "a"}]}
+    assert warnings(caplog, table, {"id": 1, "images": []}) == []
+    assert warnings(caplog, table, record) == []
+
+
 def test_an_element_with_a_field_named_like_the_parent_is_refused() -> None:
     record = {"id": 7, "images": [{"src": "x"}, {"product": 7}]}
     with pytest.raises(PipelineError) as refused:
