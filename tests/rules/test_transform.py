@@ -330,6 +330,11 @@ DRIFTS: dict[str, tuple[tuple[Table, ...], Records, set[str]]] = {
         [{"id": 1, "images": [{"position": 2, "src": "a"}]}],
         {UNKNOWN + "images[].position"},
     ),
+    "a parent that is loaded whole": (
+        (elements("images", {"launch": "super", "src": "varchar(9)"}),),
+        [{"images": []}],
+        set(),
+    ),
 }
 
 
