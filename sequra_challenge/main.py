@@ -1142,16 +1142,15 @@ def read_frames(
 
     Adds the names of all fields that it meets.
     """
-    count, columns, is_empty = Counter[str](), [Columns(list) for _ in tables], True
+    count, columns = Counter[str](), [Columns(list) for _ in tables]
     for records in read_records(body):
-        is_empty = is_empty and not records
         for table, of_table in zip(tables, columns, strict=True):
             flatten(records, table, of_table, names)
         count.update(pieces=1, records=len(records))
         if count["pieces"] == CHUNK_PIECES or count["records"] >= CHUNK_RECORDS:
             yield list(map(to_frame, tables, columns))
             count, columns = Counter(), [Columns(list) for _ in tables]
-    if is_empty and any(table.min_rows and not table.rows for table in tables):
+    if not names and any(table.min_rows and not table.rows for table in tables):
         raise PipelineError("the source is empty: only min_rows: 0 lets an empty one be loaded")
     yield list(map(to_frame, tables, columns))
 
@@ -2266,8 +2265,8 @@ def check(config: Config) -> int:
     temporary = tempfile.TemporaryDirectory(prefix="sequra-", ignore_cleanup_errors=True)
     with temporary as folder, stoppable():
         with attempt("aws", failed) as details, aws_errors("ask", "AWS who this is"):
-            details.append(aws_client("sts").get_caller_identity()["Arn"])
-            details.append(f"region {aws_client('s3').meta.region_name}")
+            details += [aws_client("sts").get_caller_identity()["Arn"]]
+            details += [f"region {aws_client('s3').meta.region_name}"]
         with attempt("redshift", failed) as details, session(config.redshift) as cursor:
             details += execute(cursor, "SELECT current_user, current_database()").fetchone()
         if "redshift" not in failed:
@@ -2312,11 +2311,9 @@ def check_rights(cursor: Any, run: Run) -> None:
     execute(cursor, create_sql(run.config.tables[0], temporary=True))
     lacking = list[str]()
     for table in (*run.config.tables, audit_table(run.config)):
-        existing = existing_columns(cursor, table)
-        kind, name, rights = "TABLE", table.name, ["SELECT", "INSERT", "DELETE"]
-        if not existing:
-            kind, name, rights = "SCHEMA", table.name.partition(".")[0], ["CREATE"]
-        for right in rights:
+        existing, schema = existing_columns(cursor, table), table.name.partition(".")[0]
+        kind, name = ("TABLE", table.name) if existing else ("SCHEMA", schema)
+        for right in ("SELECT", "INSERT", "DELETE") if existing else ("CREATE",):
             sql = f"SELECT has_{kind}_privilege({literal(name)}, {literal(right)})"
             if not execute(cursor, sql).fetchone()[0]:
                 lacking.append(f"{right} ON {kind} {name}")
