@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from sandbox import LIBRARY, LIBRARY_CONFIG, ROOT, SAMPLE, SECRET, Sandbox, answer
+from sandbox import LIBRARY, LIBRARY_CONFIG, QUERY_CONFIG, ROOT, SAMPLE, SECRET, Sandbox, answer
 
 Draft = Callable[..., str]
 Answer = Callable[[BaseHTTPRequestHandler], None]
@@ -194,17 +195,18 @@ def test_launch_library(sandbox: Sandbox, draft: Draft, tmp_path: Path) -> None:
         ),
         (
             POSTS[:2],
-            """date: timestamp
+            """next: Link
+            date: timestamp
             größe: integer as grosse
             meta\\.seo: varchar(16) # longest 0 bytes
             tags: super # an array
             _links.wp:term: super # an array""",
-            {"": 2, "__links_self": 2},
+            {"": 3, "__links_self": 3},
         ),
         (
             ETHEREUM,
             """records: items
-            # Pages that main.py cannot follow? There is: next_page_params
+            # next and next_param? There is: next_page_params
             key: [height]
             total_difficulty: decimal(38,0)
             # value: bigint
@@ -218,8 +220,10 @@ def test_other_apis(
     sandbox: Sandbox, draft: Draft, tmp_path: Path, document: Any, lines: str, rows: dict[str, int]
 ) -> None:
     url = sandbox.source.at("https://api.example.org/v1/things?per_page=2")
-    answers = [served(document)]
-    sandbox.source.answers = answers.copy()
+    is_paged = document == POSTS[:2]
+    more = {"Link": f'<{url}&page=2>; rel="next"'} if is_paged else {}
+    answers = [served(document, **more), *[served(POSTS[2:])] * is_paged]
+    sandbox.source.answers = answers[:1]
     text = draft(url)
     seen = [re.sub(" +", " ", line.replace('"', "").strip()) for line in text.splitlines()]
     for line in lines.splitlines():
@@ -232,50 +236,87 @@ def test_other_apis(
     assert {name: loaded[f"public.t{name}"] for name in rows} == rows
 
 
-def test_pages_by_a_header_are_named(sandbox: Sandbox, draft: Draft) -> None:
-    link = '<https://cms.example/v1/things?page=2>; rel="next"'
-    sandbox.source.answers = [served(POSTS, Link=link)]
+def test_a_cursor(sandbox: Sandbox, draft: Draft, tmp_path: Path) -> None:
+    users = [{"id": number, "name": "a"} for number in range(5)]
+    pages = (users[:3], "dXNlcjpV=="), (users[3:], "")
+    answers = [served({"members": m, "response_metadata": {"next_cursor": c}}) for m, c in pages]
+    sandbox.source.answers = answers[:1]
     text = draft(sandbox.source.url)
-    assert "  # Pages that main.py cannot follow? There is: the header Link\n" in text
-    assert "next:" not in text
+    assert "  next: response_metadata.next_cursor\n  next_param: cursor\n" in text
+    sandbox.source.answers = answers.copy()
+    assert load(sandbox, text, tmp_path) == {"public.launches": 5}
+    assert sandbox.source.requests[-1] == "/v5/launches?cursor=dXNlcjpV%3D%3D"
 
 
-def test_headers_with_secrets_that_stay_unsaid(
-    sandbox: Sandbox, draft: Draft, tmp_path: Path
-) -> None:
+def test_a_query(sandbox: Sandbox, draft: Draft, tmp_path: Path) -> None:
+    source = tmp_path / "source.yaml"
+    given = yaml.safe_load(QUERY_CONFIG.read_bytes())["source"]
+    body = given["body"].replace('"details": 1,', "")  # longer ones are on other pages
+    given = {"url": sandbox.url_of(QUERY_CONFIG), "body": body}
+    source.write_text(yaml.safe_dump({"source": given}))
+    text = draft(source)
+    assert "  records: docs\n  next: nextPage\n  next_param: options.page\n  body: |\n" in text
+    assert "launchpad.latitude: double precision" in text
+    assert load(sandbox, text, tmp_path) == {"public.query": 30}
+
+
+def test_secrets_that_stay_unsaid(sandbox: Sandbox, draft: Draft, tmp_path: Path) -> None:
     source = tmp_path / "source.yaml"
     source.write_text(f"""source:
   url: {sandbox.source.at("https://api.example.org/query")}?key=${{KEY}}
   headers: {{Authorization: "Bearer ${{TOKEN}}"}}
-  next: meta.nextPage
+  body: |
+    {{"query": "{{ things }}",
+     "who": "${{WHO}}"}}
+  next: meta.after
+  next_param: variables.after
 """)
-    sandbox.source.answers = [served({"docs": [{"id": 1}], "meta": {"nextPage": None}})]
-    text = draft(source, KEY="k", TOKEN="s3cret")
+    sandbox.source.answers = [served({"docs": [{"id": 1}], "meta": {"after": None}})]
+    text = draft(source, KEY="k", TOKEN="s3cret", WHO='"me"')
     assert sandbox.source.requests == ["/query?key=k"]
     assert sandbox.source.headers[0]["Authorization"] == "Bearer s3cret"
+    assert json.loads(sandbox.source.posted[0]) == {"query": "{ things }", "who": '"me"'}
     assert "s3cret" not in text
-    for line in ("Bearer ${TOKEN}", "?key=${KEY}", "records: docs", "nextPage"):
-        assert line in text
+    written = yaml.safe_load(source.read_bytes())["source"]
+    assert yaml.safe_load(text)["source"] == written | {"records": "docs"}
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("[]", "there are no records"),
-        ("[1]", "there are no records"),
-        ("<html>", "Expecting value"),
-        (None, "No such file"),
-    ],
-    ids=["empty", "numbers", "HTML", "no file"],
-)
-def test_what_holds_no_records_gets_a_sentence(
-    tmp_path: Path, content: str | None, message: str
-) -> None:
-    path = tmp_path / "things.json"
-    if content is not None:
-        path.write_text(content)
-    command = [sys.executable, str(ROOT / "conf" / "draft.py"), str(path)]
+def test_errors_are_no_records(sandbox: Sandbox, tmp_path: Path) -> None:
+    source = tmp_path / "source.yaml"
+    source.write_text(f"source: {{url: '{sandbox.source.url}', body: '{{}}'}}")
+    sandbox.source.answers = [served({"data": None, "errors": [{"message": "no such field"}]})]
+    command = [sys.executable, str(ROOT / "conf" / "draft.py"), str(source)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "no array at source.records" in done.stderr
+    assert "no such field" in done.stderr
+
+
+WRONG = {
+    "empty": ("things.json", "[]", "there are no records"),
+    "numbers": ("things.json", "[1]", "record 1 is not an object: 1"),
+    "HTML": ("things.json", "<html>", "HTML"),
+    "no file": ("things.json", None, "No such file"),
+    "no section": ("source.yaml", "tables: {}", "source.url: missing"),
+    "not set": ("source.yaml", "source: {url: 'x?${NOT_SET}'}", "${NOT_SET} is not set"),
+    "no YAML": ("source.yaml", "source: [", "line 1"),
+    "no port": ("http://localhost:1/?key=s3cret", None, "http://localhost:1/: GET http://"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_what_holds_no_records_gets_a_sentence(tmp_path: Path, kind: str) -> None:
+    name, content, message = WRONG[kind]
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    # Without pauses: what does not answer is asked several times.
+    code = "import sys, time, draft; time.sleep = int; draft.run()"
+    environment = {"PYTHONPATH": str(ROOT / "conf")}
+    command = [sys.executable, "-c", code, name]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False
+    )
     assert done.returncode == 1
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+    assert "s3cret" not in done.stderr
