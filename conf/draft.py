@@ -359,7 +359,8 @@ def run() -> int:
         given, source = read_source(file)
         sys.stdout.write(draft(given, source, *look(source)))
     except (main.PipelineError, OSError, yaml.YAMLError) as error:
-        parser.exit(1, f"{main.escaped(main.masked(f'{file}: {error}'))}\n")
+        text = f"{main.masked(file)}: {main.masked(str(error))}\n"
+        parser.exit(1, main.escaped(text))
     return 0
 
 
