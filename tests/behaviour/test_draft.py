@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -248,15 +249,14 @@ def test_a_cursor(sandbox: Sandbox, draft: Draft, tmp_path: Path) -> None:
     assert sandbox.source.requests[-1] == "/v5/launches?cursor=dXNlcjpV%3D%3D"
 
 
-def test_a_query(sandbox: Sandbox, draft: Draft, tmp_path: Path) -> None:
-    source = tmp_path / "source.yaml"
-    given = yaml.safe_load(QUERY_CONFIG.read_bytes())["source"]
-    body = given["body"].replace('"details": 1,', "")  # longer ones are on other pages
-    given = {"url": sandbox.url_of(QUERY_CONFIG), "body": body}
-    source.write_text(yaml.safe_dump({"source": given}))
-    text = draft(source)
-    assert "  records: docs\n  next: nextPage\n  next_param: options.page\n  body: |\n" in text
-    assert "launchpad.latitude: double precision" in text
+def test_the_example_of_the_readme(sandbox: Sandbox, draft: Draft, tmp_path: Path) -> None:
+    readme = (ROOT / "conf" / "examples" / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall("^   ```yaml\n(.*?)^   ```$", readme, re.DOTALL | re.MULTILINE)
+    url = yaml.safe_load(QUERY_CONFIG.read_bytes())["source"]["url"]
+    there = [textwrap.dedent(block).replace(url, sandbox.source.at(url)) for block in blocks]
+    (tmp_path / "source.yaml").write_text(there[0])
+    text = draft("source.yaml")
+    assert text == there[1]
     assert load(sandbox, text, tmp_path) == {"public.query": 30}
 
 
