@@ -2,7 +2,7 @@
 
     python conf/draft.py https://api.example.org/v1/orders > conf/orders.yaml
     python conf/draft.py orders.json
-    python conf/draft.py source.yaml     a file with only a source: section, for headers
+    python conf/draft.py source.yaml     a file with only a source: section, for headers or a body
 
 It looks for the records, the next page, a key, and for each field the type that main.py would take
 it as. Values are not shown, they may be personal; ${NAME} stays as it is. What it prints is to be
@@ -12,23 +12,22 @@ read line by line: it has seen no more than one answer.
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 import math
-import os
 import re
 import sys
+import tempfile
+import textwrap
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
-from itertools import combinations
+from itertools import chain, combinations
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import requests
 import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -64,58 +63,68 @@ class Field:
 # --- look ---------------------------------------------------------------------------------------
 
 
-def look(source: dict[str, Any]) -> tuple[Any, bool]:
-    """The answer of the source, and whether its header Link names a next page."""
-    url, has_link = expanded(source["url"]), False
-    if urlsplit(url).scheme in ("http", "https"):
-        headers = {name: expanded(text) for name, text in (source.get("headers") or {}).items()}
-        with main.http_session(headers) as session:
-            response = session.get(url, timeout=main.HTTP_TIMEOUT)
-        response.raise_for_status()
-        content, has_link = response.content, "next" in response.links
-    else:
-        content = Path(url).expanduser().read_bytes()
-    if content[:2] == b"\x1f\x8b":
-        content = gzip.decompress(content)
-    text = content.decode("utf-8-sig")
-    try:
-        return json.loads(text, parse_float=Decimal), has_link
-    except ValueError:
-        lines = filter(str.strip, text.split("\n"))
-        return [json.loads(line, parse_float=Decimal) for line in lines], has_link
+def read_source(file: str) -> tuple[dict[str, Any], main.Source]:
+    """The section source: of a file, as it is written and as main.py takes it."""
+    faults: list[str] = []
+    given = {"url": file}
+    if file.endswith((".yaml", ".yml")):
+        document = yaml.load(Path(file).read_bytes(), yaml.BaseLoader)
+        given = main.read_mapping(document, "", faults).get("source")
+    source: main.Source = main.read_section(main.Source, given, "source", faults)
+    faults += main.source_faults(source)
+    if faults:
+        raise main.ConfigError("\n  ".join(["", *faults]))
+    main.hide_credentials(source.url, source.headers)
+    return given, source
 
 
-def expanded(text: str) -> str:
-    """The text with environment variables in the place of ${NAME}."""
-    return re.sub(r"\$\{(\w+)\}", lambda found: os.environ[found[1]], text)
+def look(source: main.Source) -> tuple[Any, str]:
+    """The answer of the source, and what its header Link names as the next page."""
+    file, link = Path(source.url).expanduser(), ""
+    with tempfile.TemporaryDirectory() as folder:
+        if main.is_http(source.url):
+            file, request = Path(folder, "answer"), main.Request(source.url, source.body)
+            with main.http_session(source.headers) as session:
+                link = main.download(session, request, file, replace(source, next="Link"), {})
+        if main.is_one_object(file):
+            return main.read_answer(file, "the source"), link
+        return list(chain.from_iterable(main.read_records(file))), link
 
 
-def find_records(answer: Any, given: str) -> tuple[Names, list[Record]]:
-    """The path of the array of records, () where the answer is one or is itself the record."""
-    if given or isinstance(answer, list):
-        return main.split_path(given), main.dig(answer, main.split_path(given)) or []
+def find_records(answer: Any, source: main.Source) -> tuple[str, list[Record]]:
+    """The path of the array of records, "" where the answer is one or is itself the record."""
     arrays = [
         (path, value)
         for path, value in values_in(answer)
         if isinstance(value, list) and value and all(isinstance(v, dict) for v in value)
+        if path != ("errors",)
     ]
+    if source.records or isinstance(answer, list) or (source.body and not arrays):
+        return source.records, main.records_of(answer, source, "the source")
     if not arrays:
-        return (), [answer]
-    return max(arrays, key=lambda found: (found[0][-1] in USUAL, len(found[1])))
+        return "", [answer]
+    path, records = max(arrays, key=lambda found: (found[0][-1] in USUAL, len(found[1])))
+    return main.join_path(path), records
 
 
-def find_next(answer: Any) -> Names:
-    """The path of the next page's URL; () where there is none."""
+def find_next(answer: Any, link: str, body: str) -> dict[str, str]:
+    """The settings for the next page; {} where it is not sure what they are."""
+    if link:
+        return {"next": "Link"}
     for path, value in values_in(answer):
         name = path[-2] if path[-1] == "href" else path[-1]
         is_url = isinstance(value, str) and re.match(r"https?://|[/?]", value)
         if (name == "next" and value is None) or (name.lower().startswith("next") and is_url):
-            return path
-    return ()
+            return {"next": main.join_path(path)}
+    if body and "options" in json.loads(body) and "nextPage" in answer:
+        return {"next": "nextPage", "next_param": "options.page"}
+    if isinstance(main.dig(answer, ("response_metadata", "next_cursor")), str):
+        return {"next": "response_metadata.next_cursor", "next_param": "cursor"}
+    return {}
 
 
 def paging_names(answer: Any) -> list[str]:
-    """What may tell of pages in another way than by a URL."""
+    """What may tell of pages in a way that is not sure."""
     paths = [main.join_path(p) for p, value in values_in(answer) if not isinstance(value, list)]
     return [path for path in paths if re.search("next|page|cursor|more|offset|token", path, re.I)]
 
@@ -275,18 +284,15 @@ def table_lines(
     return lines
 
 
-def child_lines(table: str, array: Field, rows: Sequence[Record], key: list[Field]) -> list[str]:
+def child_lines(table: str, array: Field, key: list[Field]) -> list[str]:
     """The table of an array's elements, [] where main.py could not tell them apart."""
-    parents, elements = list[int](), list[Record]()
-    for number, found in enumerate(array.values):
-        own = sum("position" in element for element in found or [])
-        if own not in (0, len(found or [])):
-            return []
-        for position, element in enumerate(found or [], 1):
-            parents.append(number)
-            elements.append(({} if own else {"position": position}) | element)
+    arrays = [found or [] for found in array.values]
+    if any(0 < sum("position" in one for one in found) < len(found) for found in arrays):
+        return []
+    parents = [number for number, found in enumerate(arrays) for _ in found]
+    elements = [{"position": at} | one for found in arrays for at, one in enumerate(found, 1)]
     parent = re.sub("(?<=ch|sh|ss)es$|s$", "", re.sub("ies$", "y", table.partition(".")[2]))
-    parent += "_parent" * any(parent in element for element in elements)
+    parent += "_parent" * any(parent in (*element, "value") for element in elements)
     of_parent = [
         replace(f, path=(parent, *f.path), values=[f.values[n] for n in parents], name="")
         for f in key
@@ -302,27 +308,28 @@ def child_lines(table: str, array: Field, rows: Sequence[Record], key: list[Fiel
     return table_lines(name, fields, [*of_parent, *own_key], settings)
 
 
-def draft(source: dict[str, Any], answer: Any, has_link: bool) -> str:
+def draft(given: dict[str, Any], source: main.Source, answer: Any, link: str) -> str:
     """The configuration for a source that gave this answer."""
-    at, records = find_records(answer, source.get("records", ""))
-    if not records or not all(isinstance(record, dict) for record in records):
-        raise ValueError("there are no records, that is objects in an array or one a line")
-    found = {"records": main.join_path(at), "next": main.join_path(find_next(answer))}
-    source = {name: text for name, text in (found | source).items() if text}
-    source = {"url": source["url"]} | source
-    names = ["the header Link"] * has_link + paging_names(answer)
-    hints = [] if "next" in source else names
+    path, records = find_records(answer, source)
+    if not records:
+        raise main.PipelineError("there are no records")
+    following = {} if "next" in given else find_next(answer, link, source.body)
+    settings = {"url": "", "records": path} | following | given
+    section = {name: text for name, text in settings.items() if text and name != "body"}
+    body = ["  body: |", textwrap.indent(given["body"].strip(), " " * 4)] if source.body else []
+    hints = [] if "next" in section else paging_names(answer)
     fields = with_names(list(find_fields(records)))
     key = find_key(fields)
-    stem = plain_name([Path(urlsplit(source["url"]).path).stem])
+    stem = plain_name([Path(urlsplit(given["url"]).path).stem])
     name = re.sub(r"\W+", "_", stem, flags=re.ASCII).strip("_") or "records"
     table = "public." + re.sub(r"^(?=\d)", "_", name)
     lines = [
         f"# A draft, made from {len(records)} records. Read it line by line, set the lines with",
         "# <--, and look at what --dry-run prints. The lengths are the longest that were seen.",
         "",
-        as_yaml({"source": source}),
-        *[f"  # Pages that main.py cannot follow? There is: {', '.join(hints)}"] * bool(hints),
+        as_yaml({"source": section}),
+        *body,
+        *[f"  # next and next_param? There is: {', '.join(hints)}"] * bool(hints),
         "",
         "staging:",
         "  bucket: my-data-bucket          # <-- created beforehand",
@@ -336,12 +343,9 @@ def draft(source: dict[str, Any], answer: Any, has_link: bool) -> str:
     ]
     for field in fields:
         if field.comment == "an array of objects" and key:
-            child = child_lines(table, field, records, key)
-            if child:
-                lines.append(
-                    f"\n# A row for each element of {as_yaml(main.join_path(field.path))}:"
-                )
-            lines += [f"# {line}" for line in child]
+            child = child_lines(table, field, key)
+            heading = f"\n# A row for each element of {as_yaml(main.join_path(field.path))}:"
+            lines += [heading, *(f"# {line}" for line in child)] if child else []
     return "\n".join(lines) + "\n"
 
 
@@ -349,19 +353,14 @@ def run() -> int:
     """Prints the draft and returns the exit status."""
     parser = argparse.ArgumentParser(description="Print a first configuration for a JSON API.")
     parser.add_argument("source", help="a URL, a file, or a YAML file with only a source: section")
-    given = parser.parse_args().source
+    file = parser.parse_args().source
     main.import_packages()
     try:
-        source = {"url": given}
-        if given.endswith((".yaml", ".yml")):
-            source = yaml.load(Path(given).read_bytes(), yaml.BaseLoader)["source"]
-        sys.stdout.write(draft(source, *look(source)))
-    except KeyError as error:
-        parser.exit(1, f"{given}: {error} is missing, in the file or in the environment\n")
-    except (requests.RequestException, OSError, ValueError, TypeError, yaml.YAMLError) as error:
-        is_of_http = isinstance(error, requests.RequestException)
-        reason = main.error_text(error) if is_of_http else error  # without the URL's secrets
-        parser.exit(1, f"{given}: {reason}\n")
+        given, source = read_source(file)
+        sys.stdout.write(draft(given, source, *look(source)))
+    except (main.PipelineError, OSError, yaml.YAMLError) as error:
+        text = f"{main.masked(file)}: {main.masked(str(error))}\n"
+        parser.exit(1, main.escaped(text))
     return 0
 
 

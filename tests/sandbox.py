@@ -4,6 +4,8 @@
     python tests/sandbox.py --keep    and leave everything running, to try things by hand
     python tests/sandbox.py --config conf/examples/launch_library.yaml
                                       the same with Launch Library 2, page by page
+    python tests/sandbox.py --config conf/examples/launches_query.yaml
+                                      the same with a query to r/SpaceX's API
 
 Everything listens on loopback and keeps its files in a temporary folder. The program is run as it
 is, as a subprocess with the shipped configuration; only its environment leads it here.
@@ -48,6 +50,9 @@ SAMPLE = ROOT / "tests" / "data" / "launches.json"
 LIBRARY_CONFIG = ROOT / "conf" / "examples" / "launch_library.yaml"
 LIBRARY = ROOT / "tests" / "data" / "launch_library.json"
 LIBRARY_PAGE = 5  # launches
+QUERY_CONFIG = ROOT / "conf" / "examples" / "launches_query.yaml"
+PLACES = ROOT / "tests" / "data" / "places.json"  # rockets and launchpads
+QUERY_PAGE = 12  # launches, at most
 REGION = "eu-west-1"
 # What conf/pipeline.yaml names.
 BUCKET, SECRET = "my-data-bucket", "redshift/spacex"
@@ -94,6 +99,14 @@ SELECT pad_name AS pad, pad_location_name AS location, pad_latitude AS latitude,
 FROM public.ll2_launches
 GROUP BY 1, 2, 3, 4
 ORDER BY launches DESC""",
+}
+QUERY_QUESTIONS = {
+    "Which rocket flew from where?": """
+SELECT rocket_name AS rocket, launchpad_full_name AS launchpad, count(*) AS launches,
+  min(date_utc) AS first, max(date_utc) AS last
+FROM public.launches_with_places
+GROUP BY 1, 2
+ORDER BY first"""
 }
 
 
@@ -147,6 +160,8 @@ class Source(LocalServer):
                     source.answers.pop(0)(self)
                 elif self.path.startswith("/2.3.0/launches/"):
                     answer(self, 200, library_page(self))
+                elif self.path == "/v5/launches/query":
+                    answer(self, 200, query_page(source.posted[-1]))
                 else:
                     answer(self, 200, source.body)
 
@@ -188,6 +203,33 @@ def library_page(handler: BaseHTTPRequestHandler) -> bytes:
         "results": launches[start : start + LIBRARY_PAGE],
     }
     return json.dumps(page).encode()
+
+
+def query_page(body: bytes) -> bytes:
+    """The sample's launches as r/SpaceX answers a query: sorted, selected, populated, paged."""
+    options = json.loads(body)["options"]
+    places, launches = json.loads(PLACES.read_bytes()), json.loads(SAMPLE.read_bytes())
+    launches.sort(key=lambda launch: launch["id"])
+    page, limit = options.get("page", 1), min(options["limit"], QUERY_PAGE)
+    docs = []
+    for launch in launches[(page - 1) * limit : page * limit]:
+        doc = {name: launch[name] for name in (*options["select"], "id")}
+        for populated in options["populate"]:
+            path, fields = populated["path"], populated["select"]
+            place = places[path][doc[path]]
+            doc[path] = {name: place[name] for name in fields} | {"id": doc[path]}
+        docs.append(doc)
+    pages = -(-len(launches) // limit)
+    answered = {
+        "docs": docs,
+        "totalDocs": len(launches),
+        "limit": limit,
+        "totalPages": pages,
+        "page": page,
+        "hasNextPage": page < pages,
+        "nextPage": page + 1 if page < pages else None,
+    }
+    return json.dumps(answered).encode()
 
 
 # Something unexpected, when files are staged.
@@ -424,10 +466,11 @@ def main() -> int:
     given = {"--source": options.source, "--config": options.config}
     arguments = [text for option in given.items() if option[1] for text in option]
     config = Path(options.config or PIPELINE).resolve()
-    questions = {PIPELINE: QUESTIONS, LIBRARY_CONFIG: LIBRARY_QUESTIONS}.get(config, {})
+    examples = {LIBRARY_CONFIG: LIBRARY_QUESTIONS, QUERY_CONFIG: QUERY_QUESTIONS}
+    questions = ({PIPELINE: QUESTIONS} | examples).get(config, {})
     with tempfile.TemporaryDirectory(prefix="sandbox-") as folder, Sandbox(Path(folder)) as sandbox:
         print("$ python", MAIN.relative_to(ROOT), *arguments, flush=True)
-        if config == LIBRARY_CONFIG and not options.source:
+        if config in examples and not options.source:
             arguments += ["--source", sandbox.url_of(config)]
         command = sandbox.command(*arguments)
         status = subprocess.run(command, env=sandbox.child_environment(), check=False).returncode

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import runpy
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
@@ -14,8 +16,8 @@ from unittest import mock
 import pytest
 import yaml
 
-from helpers import count, messages, responds
-from sandbox import LIBRARY_CONFIG, ROOT, SECRET, Sandbox
+from helpers import count, messages, responds, things
+from sandbox import LIBRARY_CONFIG, QUERY_CONFIG, ROOT, SECRET, Sandbox
 
 DRAFT = str(ROOT / "conf" / "draft.py")
 Draft = Callable[..., str]
@@ -137,7 +139,7 @@ APIS: dict[str, tuple[str, str, dict[str, int]]] = {
                   [{value: 1000000000000000000, position: 0}, {value: 1, position: 1}]}
         - {<<: *block, height: 21000002}""",
         """records: items
-        # Pages that main.py cannot follow? There is: next_page_params
+        # next and next_param? There is: next_page_params
         key: [height]
         total_difficulty: decimal(38,0)
         # value: bigint
@@ -162,41 +164,83 @@ def test_other_apis(
         assert {name: loaded[f"public.t{name}"] for name in rows} == rows
 
 
-def test_pages_by_a_header_are_named(sandbox: Sandbox, draft: Draft) -> None:
-    link = '<https://cms.example/v1/things?page=2>; rel="next"'
-    sandbox.source.answers = [responds(200, [{"id": 1}], Link=link)]
+def test_pages_by_the_header_link(sandbox: Sandbox, draft: Draft, tmp_path: Path) -> None:
+    first = responds(200, things(1, 2), Link='</v5/launches?page=2>; rel="next"')
+    sandbox.source.answers = [first, first, responds(200, things(3))]
     text = draft(sandbox.source.url)
-    assert "  # Pages that main.py cannot follow? There is: the header Link\n" in text
-    assert "next:" not in text
+    assert "  next: Link\n" in text
+    assert load(sandbox, text, tmp_path) == {"public.launches": 3}
 
 
-def test_headers_with_secrets_that_stay_unsaid(
-    sandbox: Sandbox, draft: Draft, tmp_path: Path
-) -> None:
+def test_pages_by_a_cursor(sandbox: Sandbox, draft: Draft, tmp_path: Path) -> None:
+    first, last = (
+        responds(200, {"members": members, "response_metadata": {"next_cursor": cursor}})
+        for members, cursor in ((things(1, 2), "dXNlcjpV=="), (things(3), ""))
+    )
+    sandbox.source.answers = [first, first, last]
+    text = draft(sandbox.source.url)
+    assert "  next: response_metadata.next_cursor\n  next_param: cursor\n" in text
+    assert load(sandbox, text, tmp_path) == {"public.launches": 3}
+    assert sandbox.source.requests[-1] == "/v5/launches?cursor=dXNlcjpV%3D%3D"
+
+
+def test_the_example_of_the_readme(sandbox: Sandbox, draft: Draft, tmp_path: Path) -> None:
+    readme = (ROOT / "conf" / "examples" / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall("^   ```yaml\n(.*?)^   ```$", readme, re.DOTALL | re.MULTILINE)
+    url = yaml.safe_load(QUERY_CONFIG.read_bytes())["source"]["url"]
+    given, wanted = (textwrap.dedent(b).replace(url, sandbox.source.at(url)) for b in blocks)
+    source = tmp_path / "source.yaml"
+    source.write_text(given)
+    text = draft(source)
+    assert text == wanted
+    assert load(sandbox, text, tmp_path) == {"public.query": 30}
+
+
+def test_secrets_that_stay_unsaid(sandbox: Sandbox, draft: Draft, tmp_path: Path) -> None:
     source = tmp_path / "source.yaml"
     source.write_text(f"""source:
   url: {sandbox.source.at("https://api.example.org/query")}?key=${{KEY}}
   headers: {{Authorization: "Bearer ${{TOKEN}}"}}
-  next: meta.nextPage
+  body: |
+    {{"query": "{{ things }}",
+     "who": "${{WHO}}"}}
+  next: meta.after
+  next_param: variables.after
 """)
-    sandbox.source.answers = [responds(200, {"docs": [{"id": 1}], "meta": {"nextPage": None}})]
-    text = draft(source, KEY="k", TOKEN="s3cret")
+    sandbox.source.answers = [responds(200, {"docs": [{"id": 1}], "meta": {"after": None}})]
+    text = draft(source, KEY="k", TOKEN="s3cret", WHO='"me"')
     assert sandbox.source.requests == ["/query?key=k"]
     assert sandbox.source.headers[0]["Authorization"] == "Bearer s3cret"
+    assert json.loads(sandbox.source.posted[0]) == {"query": "{ things }", "who": '"me"'}
     assert "s3cret" not in text
-    for line in ("Bearer ${TOKEN}", "?key=${KEY}", "records: docs", "nextPage"):
-        assert line in text
+    written = yaml.safe_load(source.read_bytes())["source"]
+    assert yaml.safe_load(text)["source"] == written | {"records": "docs"}
 
 
-def test_what_holds_no_records_gets_a_sentence(draft: Draft, tmp_path: Path) -> None:
+def test_what_is_wrong_gets_a_sentence(
+    sandbox: Sandbox, draft: Draft, tmp_path: Path, pauses: list[float]
+) -> None:
     path = tmp_path / "things.json"
     for content, message in (
         ("[]", "there are no records"),
-        ("[1]", "there are no records"),
-        ("<html>", "Expecting value"),
+        ("[1]", "record 1 is not an object: 1"),
+        ("<html>", "HTML"),
     ):
         path.write_text(content)
         assert message in draft(path, status=1)
+    path = tmp_path / "source.yaml"
+    for content, message in (
+        ("tables: {}", "source.url: missing"),
+        ("source: {url: 'x?${NOT_SET}'}", "${NOT_SET} is not set"),
+        ("source: [", "line 1"),
+        (f"source: {{url: '{sandbox.source.url}', body: '{{}}'}}", "no such field"),
+    ):
+        sandbox.source.answers = [responds(200, {"errors": [{"message": "no such field"}]})]
+        path.write_text(content)
+        assert message in draft(path, status=1)
+    said = draft("http://localhost:1/?key=s3cret", status=1)
+    assert said.startswith("http://localhost:1/: GET http://localhost:1/: ConnectionError")
+    assert len(pauses) == 5
     command = [sys.executable, DRAFT, "no-such.json"]  # as it is started
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (1, "")

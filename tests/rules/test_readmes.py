@@ -1,4 +1,4 @@
-"""The links between the READMEs lead somewhere."""
+"""The links between the READMEs lead somewhere, and their pictures can be drawn."""
 
 from __future__ import annotations
 
@@ -37,3 +37,11 @@ def broken(readme: Path) -> Iterator[str]:
 @pytest.mark.parametrize("readme", READMES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_somewhere(readme: Path) -> None:
     assert list(broken(readme)) == []
+
+
+@pytest.mark.parametrize("readme", READMES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_pictures_have_no_semicolon(readme: Path) -> None:
+    """At one mermaid ends a statement, and then draws nothing."""
+    text = readme.read_text("utf-8")
+    pictures = re.findall(r"^```mermaid$(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+    assert [line for picture in pictures for line in picture.splitlines() if ";" in line] == []
