@@ -66,25 +66,20 @@ def test_each_pipeline_is_a_task_that_airflow_tries_again_and_reports(
 ) -> None:
     home = installation(tmp_path / "home", sandbox.source.url)
     port, mails = mailbox
+    from_us = {"disable_ssl": True, "disable_tls": True, "from_email": "af@test"}
+    smtp = {"conn_type": "smtp", "host": "127.0.0.1", "port": port, "extra": from_us}
     chat: list[str] = []
     with Source() as slack:
         slack.answers = [lambda handler: chat.append(message(handler))] * 10
+        password = f"{slack.url}/{WEBHOOK_TOKEN}"
+        slack_connection = {"conn_type": "slackwebhook", "password": password}
         environment = sandbox.child_environment(
             AIRFLOW_HOME=str(tmp_path / "airflow"),
             AIRFLOW__CORE__DAGS_FOLDER=str(quick_dag(tmp_path / "dags")),
             AIRFLOW__CORE__DEFAULT_TASK_RETRY_DELAY="0",
             AIRFLOW__CORE__LOAD_EXAMPLES="false",
-            AIRFLOW_CONN_SLACK_DEFAULT=json.dumps(
-                {"conn_type": "slackwebhook", "password": f"{slack.url}/{WEBHOOK_TOKEN}"}
-            ),
-            AIRFLOW_CONN_SMTP_DEFAULT=json.dumps(
-                {
-                    "conn_type": "smtp",
-                    "host": "127.0.0.1",
-                    "port": port,
-                    "extra": {"disable_ssl": True, "disable_tls": True, "from_email": "af@test"},
-                }
-            ),
+            AIRFLOW_CONN_SLACK_DEFAULT=json.dumps(slack_connection),
+            AIRFLOW_CONN_SMTP_DEFAULT=json.dumps(smtp),
             SEQURA_CHALLENGE_HOME=str(home),
             SEQURA_CHALLENGE_SLACK="slack_default",
             SEQURA_CHALLENGE_EMAIL="etl@test,oncall@test",
@@ -132,14 +127,7 @@ def test_each_pipeline_is_a_task_that_airflow_tries_again_and_reports(
     assert re.search(r"\[warning +\] heartbeat: ConnectionError", log)
     loaded = sandbox.query("SELECT source, rows_loaded FROM public.etl_runs")
     assert sorted((Path(row["source"]).name, row["rows_loaded"]) for row in loaded) == [
-        ("away", 30),
-        ("away", 38),
-        ("hangs", 30),
-        ("hangs", 38),
-        ("launches", 30),
-        ("launches", 38),
-        ("stopped", 30),
-        ("stopped", 38),
+        (name, rows) for name in ("away", "hangs", "launches", "stopped") for rows in (30, 38)
     ]
     assert not [line for line in log.splitlines() if "py.warnings" in line and DAG.name in line]
     assert not [secret for secret in (PASSWORD, SECRET_KEY, WEBHOOK_TOKEN) if secret in log]
@@ -173,14 +161,14 @@ def installation(home: Path, url: str) -> Path:
 
 def serve(sandbox: Sandbox, airflow: int, handler: BaseHTTPRequestHandler) -> None:
     """Answers a pipeline's request; while the first to /stopped waits, Airflow gets SIGTERM."""
+    is_first = sandbox.source.requests.count(handler.path) == 1
     if handler.path == "/missing":
         answer(handler, 404)
-    elif handler.path == "/away" and sandbox.source.requests.count("/away") == 1:
+    elif handler.path == "/away" and is_first:
         answer(handler, 429, Retry_After="2000")
-    elif handler.path == "/hangs" and sandbox.source.requests.count("/hangs") == 1:
-        handler.connection.recv(1)  # returns when the program has gone
-    elif handler.path == "/stopped" and sandbox.source.requests.count("/stopped") == 1:
-        os.kill(airflow, signal.SIGTERM)
+    elif handler.path in ("/hangs", "/stopped") and is_first:
+        if handler.path == "/stopped":
+            os.kill(airflow, signal.SIGTERM)
         handler.connection.recv(1)  # returns when the program has gone
     else:
         answer(handler, 200, sandbox.source.body)
