@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import re
 from pathlib import Path
@@ -67,12 +66,6 @@ def state(sandbox: Sandbox) -> dict[str, tuple[list[Any], list[str]]]:
         FROM information_schema.columns WHERE table_schema = 'public' GROUP BY 1 ORDER BY 1""")
     rows = {it["name"]: sandbox.query(f"SELECT t::text AS r FROM {it['name']} t") for it in named}
     return {it["name"]: (it["columns"], sorted(r["r"] for r in rows[it["name"]])) for it in named}
-
-
-def data(sandbox: Sandbox) -> list[Records]:
-    """The rows of both tables, without what the load sets in each."""
-    rows = [sandbox.query(f"SELECT * FROM {table} ORDER BY 1, 2") for table in (LAUNCHES, CORES)]
-    return [[{n: row[n] for n in row if n[0] != "_"} for row in table] for table in rows]
 
 
 # --- fewer rows than there were ------------------------------------------------------------------
@@ -272,32 +265,6 @@ def test_row_of_a_run_for_each_table(sandbox: Sandbox) -> None:
         assert row["started_at"].microsecond == 0
         assert row["started_at"] <= row["_loaded_at"]
     assert rows[0]["_run_id"] == rows[1]["_run_id"] < rows[2]["_run_id"] == rows[3]["_run_id"]
-
-
-def test_replay_from_the_raw_response(sandbox: Sandbox) -> None:
-    document = launches(30)
-    document[0]["name"] = "before it was renamed"
-    serve(sandbox, document)
-    body = sandbox.source.body
-    loaded(sandbox)
-    tables = data(sandbox)
-    serve(sandbox, launches(28))
-    loaded(sandbox)
-    assert data(sandbox) != tables
-    (run,) = sandbox.query(f"SELECT DISTINCT raw, sha256 FROM {AUDIT} WHERE rows_before = 0")
-    sandbox.source.requests.clear()
-    loaded(sandbox, "--source", run["raw"])
-    assert sandbox.source.requests == []
-    assert data(sandbox) == tables
-    rows = sandbox.query(f"SELECT * FROM {AUDIT} WHERE source = '{run['raw']}'")
-    assert {row["table_name"]: row["rows_loaded"] for row in rows} == {LAUNCHES: 30, CORES: 38}
-    assert run["sha256"] == hashlib.sha256(body).hexdigest()
-    for row in rows:
-        assert row["sha256"] == run["sha256"]
-        assert row["raw"] != run["raw"]
-        assert (
-            gzip.decompress(sandbox.objects()[row["raw"].removeprefix(f"s3://{BUCKET}/")]) == body
-        )
 
 
 def test_audit_table_of_another_name(sandbox: Sandbox, tmp_path: Path) -> None:

@@ -90,15 +90,6 @@ def test_a_null_that_the_target_refuses(things: Things, case: str) -> None:
     assert f'null value in column "{column}"' in error
 
 
-def test_the_staging_table_is_made_of_the_configuration(things: Things) -> None:
-    things.load(("a", 1), sort_key=["n", "id"], dist_key="id")
-    (made,) = [sql for sql in things.sandbox.redshift.statements if "CREATE TEMP" in sql]
-    assert re.sub(r"\s+", " ", made) == (
-        'CREATE TEMP TABLE "staging_1" ( "id" varchar(8) NOT NULL, "n" integer ) '
-        'DISTKEY ("id") COMPOUND SORTKEY ("n", "id")'
-    )
-
-
 def test_metadata_that_is_closed(things: Things) -> None:
     """No columns are seen: that is no proof that there is no table."""
     things.sandbox.redshift.settings = {"sandbox.svv_columns": "closed"}

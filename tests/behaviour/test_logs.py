@@ -203,7 +203,7 @@ def test_progress_is_for_people(sandbox: Sandbox) -> None:
         handler.send_header("Content-Length", str(len(body)))
         handler.end_headers()
         handler.wfile.write(body[:2_000_000])
-        time.sleep(1.4)
+        time.sleep(2.5)
         handler.wfile.write(body[2_000_000:])
 
     sandbox.source.answers = [responds(429, Retry_After="2"), half]

@@ -165,28 +165,6 @@ def test_thousands_of_records_pass_through_in_batches_and_parts(
     assert parts == {f"{LAUNCHES}.0001.csv.gz", f"{LAUNCHES}.0002.csv.gz", f"{CORES}.0001.csv.gz"}
 
 
-def test_second_load_has_the_changes_and_no_duplicates(sandbox: Sandbox) -> None:
-    first = run_id(loaded(sandbox))
-    assert run_id(loaded(sandbox)) > first, "ids of runs do not sort by time"
-    assert_loaded(sandbox, launches())
-
-    document = launches()
-    vanished = document.pop(13)
-    assert len(vanished["cores"]) == 3
-    document[0] |= {"name": "Renamed", "success": True, "details": None}
-    document[1]["cores"] = []
-    document[2]["cores"] *= 2
-    document.append(document[3] | {"id": "new", "flight_number": 500})
-    serve(sandbox, document)
-    done = sandbox.run()
-    third = run_id(done)
-    total = sum(len(record["cores"]) for record in document)
-    change = f"run: done: public.launches 30 rows (+0), public.launch_cores {total} rows "
-    assert f"{change}({total - 38:+}), " in done.stderr
-    assert_loaded(sandbox, document)
-    assert sandbox.query(f"SELECT DISTINCT _run_id FROM {LAUNCHES}") == [{"_run_id": third}]
-
-
 def test_upsert_keeps_vanished_rows_and_renews_the_others(sandbox: Sandbox, tmp_path: Path) -> None:
     tables = copy.deepcopy(SHIPPED["tables"])
     tables[LAUNCHES]["mode"] = tables[CORES]["mode"] = "upsert"

@@ -314,8 +314,8 @@ def short_limits(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_answer_that_never_ends_is_given_up(
     source: Source, fetch: Fetch, respond: Answer
 ) -> None:
-    with pytest.raises(PipelineError, match=r"answer_seconds, 2 s|HTTP 404"):
-        fetch(*[respond] * 9, answer_seconds=2)
+    with pytest.raises(PipelineError, match=r"answer_seconds, 5 s|HTTP 404"):
+        fetch(*[respond] * 9, answer_seconds=5)
     assert len(source.requests) == 1
 
 
@@ -326,7 +326,7 @@ def test_a_run_ends_although_the_source_does_not(load: Load) -> None:
 @pytest.mark.usefixtures("short_limits")
 def test_the_limit_is_for_one_answer_and_not_for_the_waits(fetch: Fetch) -> None:
     busy = responds(503, Retry_After="1")
-    assert fetch(busy, responds(200, FIFTY), answer_seconds=5) == FIFTY
+    assert fetch(busy, responds(200, FIFTY), answer_seconds=8) == FIFTY
 
 
 # --- proxies ------------------------------------------------------------------------------------
