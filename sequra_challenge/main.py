@@ -1883,10 +1883,9 @@ WIDEN_ADVICE = (
     "; no row has changed. The column {} of {} cannot be widened while a view uses it, nor with a "
     "DEFAULT or one of the encodings BYTEDICT, RUNLENGTH, TEXT255 and TEXT32K: remove that, or {}"
 )
-COLUMNS_SQL = """SELECT column_name, data_type, character_maximum_length, numeric_precision,
-  numeric_scale
-FROM svv_columns
-WHERE table_schema = {} AND table_name = {}"""
+COLUMNS_SQL = """SELECT column_name, data_type,
+  character_maximum_length, numeric_precision, numeric_scale
+FROM svv_columns WHERE table_schema = {} AND table_name = {}"""
 
 
 def prepare_targets(cursor: Any, config: Config) -> None:
@@ -1944,10 +1943,7 @@ def existing_columns(cursor: Any, table: Table) -> dict[str, Column]:
     if not rows and exists(cursor, table) and not (rows := look().fetchall()):
         why = "svv_columns shows none of its columns: an administrator has to open it to this user"
         raise PipelineError(f"{table.name} exists, but {why}")
-    return {
-        name: Column((), name, written.get(kind, kind).format(*numbers))
-        for name, kind, *numbers in rows
-    }
+    return {n: Column((), n, written.get(kind, kind).format(*more)) for n, kind, *more in rows}
 
 
 def exists(cursor: Any, table: Table) -> bool:
@@ -1966,10 +1962,9 @@ def copy(cursor: Any, run: Run, table: Table, region: str) -> None:
     execute(cursor, create_sql(table, temporary=True))
     try:
         execute(cursor, copy_sql(run, table, region))
-    except TransientError:
-        raise
     except PipelineError as error:
-        raise PipelineError(f"COPY for {table.name}: {copy_error(cursor) or error}") from None
+        reason = not isinstance(error, TransientError) and copy_error(cursor)
+        raise type(error)(f"COPY for {table.name}: {reason or error}", error.code) from None
     (copied,) = execute(cursor, "SELECT pg_last_copy_count()").fetchone()
     staged = run.rows[table.name]
     if copied != staged:
