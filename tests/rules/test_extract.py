@@ -216,12 +216,12 @@ def test_an_answer_that_does_not_come_is_not_waited_for(fetch: Fetch, pauses: li
     over = threading.Event()
 
     def late(handler: BaseHTTPRequestHandler) -> None:
-        over.wait(20)
+        over.wait(60)
         with contextlib.suppress(BrokenPipeError):
             page(things(2))(handler)
 
     try:
-        with sizes(HTTP_TIMEOUT=(5, 0.2)):
+        with sizes(HTTP_TIMEOUT=(5, 1)):
             assert fetch(late, page(things(1))) == things(1)
     finally:
         over.set()

@@ -21,7 +21,7 @@ def compare(folder: Path, *more: str | Path) -> subprocess.CompletedProcess[str]
     options = ["--sizes", str(ROWS), "--contenders", "pandas", "floor", "--repeats", "1"]
     program = sys.executable, BENCH / "compare.py"
     command: list[str | Path] = [*program, *options, "--folder", folder, *more]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
 def generate(path: Path, rows: int) -> None:

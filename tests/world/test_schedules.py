@@ -32,7 +32,7 @@ mount --bind / /run/files
 group=$(mktemp -d "$(findmnt -nf -t cgroup2 -o TARGET)/XXXXXXXX")
 status=0
 SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1 sh -c 'echo $$ > "$0/cgroup.procs"; exec "$@"' "$group" \
-  timeout -k 5 100 systemd-nspawn --quiet --register=no --keep-unit --link-journal=no \
+  timeout -k 5 300 systemd-nspawn --quiet --register=no --keep-unit --link-journal=no \
   --timezone=off --machine="${group##*/}" --directory=/run/files --volatile=overlay \
   --tmpfs=/etc/systemd/system "$@" --boot systemd.unit=test.service systemd.show_status=no \
   || status=$?
@@ -127,7 +127,7 @@ def machine(sandbox: Sandbox, needed: Callable[[str], str], tmp_path: Path) -> M
     def run(script: str) -> str:
         (tmp_path / "script").write_text(install + script)
         command = [*as_root, "sh", "-c", BOOT, "boot", f"--bind={tmp_path}:/test", *options]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=360, check=False)
         if not (tmp_path / "output").exists():
             pytest.skip(f"no container can be booted here: {done.stdout}{done.stderr}")
         output = (tmp_path / "output").read_text("utf-8")
@@ -215,7 +215,7 @@ systemctl daemon-reload
 [[ -z $(systemd-analyze verify /etc/systemd/system/sequra-challenge* 2>&1) ]]
 systemd-analyze security --threshold=15 sequra-challenge@pipeline.service
 journal() {{ journalctl --sync; journalctl -u sequra-challenge@pipeline; }}
-wait_until() {{ for i in {{1..300}}; do ! "$@" || return 0; sleep 0.1; done; false; }}
+wait_until() {{ for i in {{1..900}}; do ! "$@" || return 0; sleep 0.1; done; false; }}
 
 : as if the machine had been off for two days
 systemctl stop sequra-challenge@pipeline.timer
@@ -277,7 +277,7 @@ sed -n 's/run pipeline$/run second/p' /etc/cron.d/sequra-challenge >> /etc/cron.
 log=/var/log/sequra-challenge/sequra-challenge.log
 midnight() {{ # a cron daemon, two seconds before; its jobs have the real time
   faketime -f '@2026-01-31 23:59:58' cron -f 9<&- &
-  for i in {{1..300}}; do ! "$@" || break; sleep 0.1; done; (( i < 300 ))
+  for i in {{1..900}}; do ! "$@" || break; sleep 0.1; done; (( i < 900 ))
   kill $(cat /run/crond.pid)
   wait
 }}
