@@ -467,8 +467,7 @@ def source_faults(source: Source) -> Iterator[tuple[Any, str]]:
     for name, text in source.headers.items():
         is_header = re.fullmatch(r"[\w-]+: [ -~]*", f"{name}: {text}", re.ASCII)
         yield not is_header, f"source.headers.{name}: has characters that no header can have"
-    added = f"source.next: {source.next} needs source.next_param, to which it is added"
-    yield source.step and not source.next_param, added
+    yield source.step and not source.next_param, "source.next: a number needs source.next_param"
     cursor = "source.next_param: needs the path of a cursor, or a number, at source.next"
     yield source.next_param and source.next in ("", "Link"), cursor
     yield source.body and not is_http(source.url), "source.body: is for a URL of http or https"
@@ -616,14 +615,11 @@ def step(name: str, figures: Figures) -> Iterator[Figures]:
     log_figures("")
 
 
-UNITS = {"bytes": ("MB", 1e6), "duration": ("seconds", 1e9)}  # for people
-
-
 def figure_text(name: str, value: Any) -> str:
     """A figure for people: "MB 0.07" of bytes, "seconds 0.10" of a duration."""
     if name == "rows":
         return ", ".join(f"{table} {rows}" for table, rows in value.items())
-    unit, size = UNITS.get(name, (name, 0))
+    unit, size = {"bytes": ("MB", 1e6), "duration": ("seconds", 1e9)}.get(name, (name, 0))
     return f"{unit} {value / size:.2f}" if size else f"{unit} {value}"
 
 
