@@ -20,7 +20,7 @@ import hashlib
 import html
 import io
 import json
-import logging
+import logging.handlers
 import math
 import os
 import platform
@@ -29,7 +29,6 @@ import re
 import secrets
 import shutil
 import signal
-import socket
 import ssl
 import struct
 import sys
@@ -44,10 +43,8 @@ from datetime import UTC, datetime, timedelta
 from decimal import Context, Decimal, DecimalException, Inexact, InvalidOperation
 from functools import cached_property, partial
 from itertools import chain, islice, starmap
-from logging.handlers import MemoryHandler
 from multiprocessing.pool import AsyncResult, ThreadPool
 from pathlib import Path
-from types import NoneType
 from typing import TYPE_CHECKING, Any, ClassVar, TextIO, get_type_hints
 from urllib.parse import parse_qsl, quote, unquote, unquote_plus, urlencode, urljoin, urlsplit
 
@@ -149,10 +146,8 @@ ROLE = r"arn:aws[\w-]*:iam::\d{12}:role/[\w+=.@/-]+"
 SECRET = r"[\w/+=.@:-]+"
 PORT = r"\d{1,4}|[1-5]\d{4}|6[0-4]\d{3}|65[0-4]\d\d|655[0-2]\d|6553[0-5]"
 HOST = r"[\w-]{1,63}(\.[\w-]{1,63})*"
-TYPE = (
-    r"(boolean|smallint|integer|bigint|real|double precision|decimal\(\d{1,2},\d{1,2}\)"
-    rf"|varchar\(\d{{1,5}}\)|date|timestamp|timestamptz|super)( not null)?( as {NAME})?( not null)?"
-)
+KIND = r"boolean|smallint|integer|bigint|real|double precision|date|timestamp|timestamptz|super"
+TYPE = rf"({KIND}|varchar\(\d{{1,5}}\)|decimal\(\d\d?,\d\d?\))( not null)?( as {NAME})?( not null)?"
 
 
 def setting(rule: str, default: Any = MISSING) -> Any:
@@ -180,8 +175,7 @@ class Source:
     @property
     def step(self) -> int:
         """What is added to ``next_param`` for each page; 0 where pages are not counted."""
-        counted = re.fullmatch(r"\+(\d+)", self.next, re.ASCII)
-        return int(counted[1]) if counted else 0
+        return int(self.next) if re.fullmatch(r"\+\d+", self.next, re.ASCII) else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,7 +266,7 @@ class Table:
         inner = defaultdict[Column, list[tuple[str, ...]]](list)
         for path in sorted(paths, key=len):
             inner[Column(path[:-1], "", "object")].append(path)
-        return dict(inner)
+        return inner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -319,7 +313,8 @@ def load_config(path: Path, url: str | None = None) -> Config:
     if url and isinstance(document, dict) and isinstance(document.get("source"), dict):
         document["source"]["url"] = url
     config: Config = read_section(Config, document, "", faults)
-    faults += source_faults(config.source)
+    possible = chain(source_faults(config.source), *map(table_faults, config.tables))
+    faults += [fault for is_wrong, fault in possible if is_wrong]
     if faults:
         wrong = ConfigError("\n  ".join([f"{path} has {len(faults)} fault(s):", *faults]))
         if not any(fault.startswith("alerts") for fault in faults):
@@ -331,7 +326,9 @@ def load_config(path: Path, url: str | None = None) -> Config:
 def read_section(kind: Any, given: Any, at: str, faults: list[str]) -> Any:
     """A section of the file, as its dataclass; what is wrong with it is added to the faults."""
     rules = {rule.name: rule for rule in fields(kind) if rule.metadata or rule.default is MISSING}
-    types, settings = get_type_hints(kind), read_mapping(given, at, faults, rules)
+    types, settings = get_type_hints(kind), read_mapping(given, at, faults)
+    for name in sorted(settings.keys() - rules):
+        faults.append(f"{at}.{name}: unknown key, expected {' or '.join(rules)}".removeprefix("."))
     values = {
         name: read_setting(rule, types[name], settings.get(name), f"{at}.{name}".strip("."), faults)
         for name, rule in rules.items()
@@ -347,22 +344,16 @@ def read_tables(given: Any, faults: list[str]) -> Iterator[Table]:
     for number, (name, section) in enumerate(sections.items(), 1):
         table = read_section(Table, section, f"tables.{name}", faults)
         columns = tuple(replace(c, in_key=c.name in table.key) for c in table.columns)
-        table = replace(table, name=name, staging=f"staging_{number}", columns=columns)
-        faults += table_faults(table)
-        yield table
+        yield replace(table, name=name, staging=f"staging_{number}", columns=columns)
 
 
-def read_mapping(given: Any, at: str, faults: list[str], names: Iterable[str] = ()) -> Any:
-    """A mapping, of these names where there are some; empty where the file has none."""
-    if not isinstance(given, dict):
-        if not is_null(given):
-            faults.append(f"{at or 'the file'}: must be a mapping, not {shown(given, at)}")
-        return {}
-    for name in given:
-        if names and name not in names:
-            expected = f"unknown key, expected {' or '.join(names)}"
-            faults.append(f"{at}.{name}: {expected}".removeprefix("."))
-    return {str(name): value for name, value in given.items()}
+def read_mapping(given: Any, at: str, faults: list[str]) -> dict[str, Any]:
+    """A mapping; empty where the file has none."""
+    if isinstance(given, dict):
+        return {str(name): value for name, value in given.items()}
+    if not is_null(given):
+        faults.append(f"{at or 'the file'}: must be a mapping, not {shown(given, at)}")
+    return {}
 
 
 def read_setting(rule: Field[Any], kind: Any, given: Any, at: str, faults: list[str]) -> Any:
@@ -378,9 +369,8 @@ def read_setting(rule: Field[Any], kind: Any, given: Any, at: str, faults: list[
         return texts if kind == dict[str, str] else tuple(starmap(parse_column, texts.items()))
     if rule.name == "audit_table" and given is not None and is_null(given):
         faults.append(f"{at}: cannot be null, loaders lock this table to take turns")
-    if is_null(given):
-        faults += [f"{at}: missing"] * (rule.default is MISSING)
-        return "" if rule.default is MISSING else rule.default
+    if is_null(given) and rule.default is not MISSING:
+        return rule.default
     if kind == tuple[str, ...]:
         several = given if isinstance(given, list) else [given]
         return tuple(read_text(pattern, text, at, faults) for text in several)
@@ -396,7 +386,7 @@ def read_text(pattern: str, given: Any, at: str, faults: list[str]) -> str:
         faults.append(f"{at}: missing")
     elif not isinstance(given, str) or not re.fullmatch(pattern, given, re.ASCII):
         faults.append(f"{at}: must match {pattern}, not {shown(given, at)}")
-    return str(given)
+    return "" if is_null(given) else str(given)
 
 
 def is_null(given: Any) -> bool:
@@ -433,36 +423,29 @@ def join_path(names: Iterable[str]) -> str:
     return ".".join(re.sub(r"[\\.]", r"\\\g<0>", name) for name in names)
 
 
-def table_faults(table: Table) -> list[str]:
-    """What is wrong with a table although each of its settings is as it must be."""
+def table_faults(table: Table) -> Iterator[tuple[Any, str]]:
+    """What no single setting of a table shows: for each fault whether it is there, and its text."""
     at, rule, own = f"tables.{table.name}", f"must match {NAME}", 'say "as another_name"'
-    found: list[tuple[Any, str]] = [
-        (not table.columns, f"{at}.columns: missing"),
-        (not re.fullmatch(rf"{NAME}\.{NAME}", table.name), f"{at}: must be schema.table, {rule}"),
-        (table.key == (), f"{at}.key: must name the columns that no two rows share"),
-        (bool(table.rows) != bool(table.parent), f"{at}: rows and parent go together"),
-    ]
+    yield not table.columns, f"{at}.columns: missing"
+    yield not re.fullmatch(rf"{NAME}\.{NAME}", table.name), f"{at}: must be schema.table, {rule}"
+    yield table.key == (), f"{at}.key: must name the columns that no two rows share"
+    yield bool(table.rows) != bool(table.parent), f"{at}: rows and parent go together"
     for column in table.columns:
-        path, kind = f"{at}.columns.{join_path(column.path)}", column.type
+        path, name, kind = f"{at}.columns.{join_path(column.path)}", column.name, column.type
         size, most = column.arguments or (1,), 38 if column.kind == "decimal" else 65_535
-        name = repr(column.name)
-        found += [
-            (not column.path or "" in column.path, f"{path}: a name in the path is empty"),
-            (not re.fullmatch(f"{NAME}|", column.name), f"{path}: {name} {rule}: {own}"),
-            (column.name in RESERVED, f"{path}: the name {name} is reserved: {own}"),
-            (not 0 < size[0] <= most, f"{path}: {kind}: {column.kind} takes 1 to {most}"),
-            (size[-1] > size[0], f"{path}: {kind}: the scale is larger than the precision"),
-        ]
-    for name, paths in Counter(table.names).items():
-        found += [(paths > 1, f"{at}.columns: {paths} paths give {name!r}: {own}")]
+        yield not column.path or "" in column.path, f"{path}: a name in the path is empty"
+        yield not re.fullmatch(f"{NAME}|", name), f"{path}: {name!r} {rule}: {own}"
+        yield name in RESERVED, f"{path}: the name {name!r} is reserved: {own}"
+        yield table.names.count(name) > 1, f"{path}: another path gives {name!r} too: {own}"
+        yield not 0 < size[0] <= most, f"{path}: {kind}: {column.kind} takes 1 to {most}"
+        yield size[-1] > size[0], f"{path}: {kind}: the scale is larger than the precision"
     comparable = {column.name for column in table.columns if column.kind != "super"}
     named = {join_path(column.path): f", its column is {column.name!r}" for column in table.columns}
-    for setting in ("key", "sort_key", "dist_key"):
-        names = getattr(table, setting) or ()
-        for name in (names,) if isinstance(names, str) else names:
+    used = {"key": table.key, "sort_key": table.sort_key, "dist_key": [table.dist_key]}
+    for setting, names in used.items():
+        for name in filter(None, names):
             text = f"{name!r} is not a column that can be compared{named.get(name, '')}"
-            found += [(name not in comparable, f"{at}.{setting}: {text}")]
-    return [fault for is_wrong, fault in found if is_wrong]
+            yield name not in comparable, f"{at}.{setting}: {text}"
 
 
 def expand(text: str, at: str, faults: list[str]) -> str:
@@ -479,24 +462,22 @@ def expand(text: str, at: str, faults: list[str]) -> str:
     return re.sub(r"\$\{(\w+)\}", value, text)
 
 
-def source_faults(source: Source) -> Iterator[str]:
-    """What is wrong with the source although each of its settings is as it must be."""
+def source_faults(source: Source) -> Iterator[tuple[Any, str]]:
+    """What no single setting of the source shows, in the same form."""
     for name, text in source.headers.items():
-        if not re.fullmatch(r"[\w-]+: [ -~]*", f"{name}: {text}", re.ASCII):
-            yield f"source.headers.{name}: has characters that no header can have"
-    if source.step and not source.next_param:
-        yield f"source.next: {source.next} needs source.next_param, to which it is added"
-    if source.next_param and source.next in ("", "Link"):
-        yield "source.next_param: needs the path of a cursor, or a number, at source.next"
-    if source.body and not is_http(source.url):
-        yield "source.body: is for a URL of http or https"
+        is_header = re.fullmatch(r"[\w-]+: [ -~]*", f"{name}: {text}", re.ASCII)
+        yield not is_header, f"source.headers.{name}: has characters that no header can have"
+    yield source.step and not source.next_param, "source.next: a number needs source.next_param"
+    cursor = "source.next_param: needs the path of a cursor, or a number, at source.next"
+    yield source.next_param and source.next in ("", "Link"), cursor
+    yield source.body and not is_http(source.url), "source.body: is for a URL of http or https"
     try:
         request = Request(source.url, source.body)
         number = number_of(request, source) if source.step else 1
         with_parameter(request, source.next_param or "page", number)
     except (*UNREADABLE, TypeError, AttributeError):
         where = "source.body, a JSON object" if source.body else "source.url"
-        yield f"source.next_param: cannot be set to a number or a text in {where}"
+        yield True, f"source.next_param: cannot be set to a number or a text in {where}"
 
 
 # --- log ----------------------------------------------------------------------------------------
@@ -506,15 +487,13 @@ log = logging.getLogger("sequra_challenge")
 # What each log line says beside its message; a run adds its run_id.
 context = {"service": "sequra-challenge", "pipeline": "", "step": "configuration"}
 paused = threading.Event()  # while the program waits, and has said so
-warned = MemoryHandler(1000, flushLevel=sys.maxsize)  # keeps the warnings for the alerts
+warned = logging.handlers.BufferingHandler(sys.maxsize)  # keeps the warnings for the alerts
 hidden: dict[str, str] = {}  # what is masked, in each way of writing it, and by what
 # User and password, in which a slash may stand as it is.
 LOGIN = r"""[^\s/?#"'<>@]*|[^\s/:@"'<>]+:(?!\d+[/?#])[^\s"'<>@]*"""
 # Scheme, login, host and path; query and fragment. A slash may be escaped, as in JSON.
 URL = re.compile(rf"""(\b\w+:(?:\\*/){{2}})(?:({LOGIN})@)?([^\s?#"<>]*)(?:[?#][^\s"<>]*)?""")
-SECRET_NAME = re.compile(
-    r"((^|[^a-z]|api)key|token|secret|sig(nature)?|password|auth\w*|cookie)$", re.IGNORECASE
-)
+SECRET_NAME = r"(?i)((^|[^a-z]|api)key|token|secret|sig(nature)?|password|auth\w*|cookie)$"
 
 
 def set_up_log(log_format: str, verbose: bool) -> None:
@@ -549,13 +528,9 @@ class JsonFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         moment = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
-        line = {
-            "timestamp": moment.replace("+00:00", "Z"),
-            "level": record.levelname,
-            "message": masked(record.getMessage().rstrip()),
-            **context,
-            **getattr(record, "figures", {}),
-        }
+        line: dict[str, Any] = {"timestamp": moment.replace("+00:00", "Z")}
+        line |= {"level": record.levelname, "message": masked(record.getMessage().rstrip())}
+        line |= context | getattr(record, "figures", {})
         if record.exc_info:
             error, stack = record.exc_info[1], self.formatException(record.exc_info)
             texts = {"message": masked(str(error)), "stack": masked(stack)}
@@ -567,7 +542,7 @@ def hide(*values: str, mask: str = "***") -> None:
     """Has these texts masked wherever something is shown, also as URLs and JSON write them."""
     for value in filter(re.compile(r"\w").search, values):
         forms = {value, quote(value, safe="", errors="replace"), join_path([value])}
-        for _ in "a server sends JSON", "and we show its text as JSON":
+        for _ in range(2):  # a server sends JSON, and its text is shown as JSON
             forms |= {form.replace("/", r"\/") for form in forms}
             forms |= {json.dumps(f, ensure_ascii=a)[1:-1] for f in forms for a in (True, False)}
         hidden.update(dict.fromkeys(forms, mask))
@@ -580,7 +555,7 @@ def hide_credentials(url: str, headers: dict[str, str]) -> None:
         encoded = base64.b64encode(user_password.encode()).decode()
         hide(found[2], encoded, *found[2].split(":", 1), *user_password.split(":", 1))
     for name, value in chain(parse_qsl(url.partition("?")[2]), headers.items()):
-        if SECRET_NAME.search(name) and len(value) > 3:
+        if re.search(SECRET_NAME, name) and len(value) > 3:
             hide(value, *value.split()[-1:])  # the token behind "Bearer"
 
 
@@ -640,14 +615,11 @@ def step(name: str, figures: Figures) -> Iterator[Figures]:
     log_figures("")
 
 
-UNITS = {"bytes": ("MB", 1e6), "duration": ("seconds", 1e9)}  # for people
-
-
 def figure_text(name: str, value: Any) -> str:
     """A figure for people: "MB 0.07" of bytes, "seconds 0.10" of a duration."""
     if name == "rows":
         return ", ".join(f"{table} {rows}" for table, rows in value.items())
-    unit, size = UNITS.get(name, (name, 0))
+    unit, size = {"bytes": ("MB", 1e6), "duration": ("seconds", 1e9)}.get(name, (name, 0))
     return f"{unit} {value / size:.2f}" if size else f"{unit} {value}"
 
 
@@ -1291,7 +1263,7 @@ def fit(column: Column, values: Sequence[Any]) -> Sequence[Any]:
 
 def refuse_others(values: Sequence[Any], what: str, *types: type) -> None:
     """Raises Unfit unless each value is null or of these very types: True is no integer."""
-    if not {NoneType, *types}.issuperset(map(type, values)):
+    if not {type(None), *types}.issuperset(map(type, values)):
         raise Unfit(f"is not {what}")
 
 
@@ -2067,7 +2039,7 @@ def tell(alerts: Alerts, event: str, what: str, lines: Sequence[str] = ()) -> di
     That is for each channel what failed, or "". It never changes how the run ended.
     """
     ended = {"success": "succeeded", "failure": "failed"}.get(event, "runs")
-    subject = f"{context['pipeline']} {ended} on {socket.gethostname()}"
+    subject = f"{context['pipeline']} {ended} on {platform.node()}"
     subject += f": {context['step']}" * (event == "failure")
     context["step"] = "alerts"
     text = "\n".join([f"{subject}: {what}", *lines])

@@ -405,6 +405,7 @@ def warned(done: Done) -> set[str]:
 
 # A name that nobody answers for: the resolver of the system tries for longer than we want to wait.
 HANG = """
+import socket, botocore.config, redshift_connector
 ALERT_SECONDS = 4
 real = socket.getaddrinfo
 def getaddrinfo(host, *others, **more):
@@ -413,7 +414,6 @@ def getaddrinfo(host, *others, **more):
     return real(host, *others, **more)
 socket.getaddrinfo = getaddrinfo
 
-import botocore.config, redshift_connector
 def shorter(call, **limit):
     return lambda *arguments, **options: call(*arguments, **options | limit)
 botocore.config.Config = shorter(botocore.config.Config, read_timeout=1)
