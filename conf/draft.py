@@ -69,9 +69,9 @@ def read_source(file: str) -> tuple[dict[str, Any], main.Source]:
     given = {"url": file}
     if file.endswith((".yaml", ".yml")):
         document = yaml.load(Path(file).read_bytes(), yaml.BaseLoader)
-        given = main.read_mapping(document, "", faults).get("source")
+        given = main.read_mapping(document, "", faults).get("source", {})
     source: main.Source = main.read_section(main.Source, given, "source", faults)
-    faults += main.source_faults(source)
+    faults += [fault for is_wrong, fault in main.source_faults(source) if is_wrong]
     if faults:
         raise main.ConfigError("\n  ".join(["", *faults]))
     main.hide_credentials(source.url, source.headers)

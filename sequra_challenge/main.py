@@ -476,8 +476,8 @@ def source_faults(source: Source) -> Iterator[tuple[Any, str]]:
         number = number_of(request, source) if source.step else 1
         with_parameter(request, source.next_param or "page", number)
     except (*UNREADABLE, TypeError, AttributeError):
-        where = "source.body, a JSON object" if source.body else "source.url"
-        yield True, f"source.next_param: cannot be set to a number or a text in {where}"
+        body = "source.body: must be a JSON object, in which source.next_param can be set"
+        yield True, body if source.body else "source.next_param: must be a number in source.url"
 
 
 # --- log ----------------------------------------------------------------------------------------
