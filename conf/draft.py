@@ -360,7 +360,8 @@ def run() -> int:
         parser.exit(1, f"{given}: {error} is missing, in the file or in the environment\n")
     except (requests.RequestException, OSError, ValueError, TypeError, yaml.YAMLError) as error:
         is_of_http = isinstance(error, requests.RequestException)
-        reason = main.error_text(error) if is_of_http else error  # without the URL's secrets
+        # What requests says has the whole URL, which may be secret.
+        reason = main.request_failure(error)[0] if is_of_http else error
         parser.exit(1, f"{given}: {reason}\n")
     return 0
 
