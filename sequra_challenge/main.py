@@ -634,10 +634,10 @@ def pause(seconds: float) -> None:
 
 
 WHITESPACE = " \t\r\n"  # of JSON
-BROKEN_GZIP = EOFError, gzip.BadGzipFile, zlib.error
+DAMAGED = ValueError, EOFError, gzip.BadGzipFile, zlib.error  # HTTP, or its gzip
 # What reading JSON raises: for a number of 5,000 digits, an exponent of 20, deep brackets, bytes
 # that are not UTF-8, a gzip file that is damaged or ends early.
-UNREADABLE = (ValueError, ArithmeticError, RecursionError, EOFError, OSError, zlib.error)
+UNREADABLE = (*DAMAGED, ArithmeticError, RecursionError, OSError)
 
 
 @dataclass(frozen=True)
@@ -672,8 +672,7 @@ def extract(config: Config, folder: Path, figures: Figures, pages: int | None = 
     else:
         target = Path(source.url).expanduser()
         if not target.is_file():
-            what = masked(source.url)
-            raise PipelineError(f"the source {what} is not a file, nor a URL of http, https or s3")
+            raise PipelineError(f"{masked(source.url)} is no file, nor a URL of http, https or s3")
     if is_one_object(target) and not re.search(r"\.ndjson(\.gz)?$", source.url):
         answer = read_answer(target, "the source")
         is_record = any(dig(answer, path) is not None for path in key_paths(config))
@@ -724,12 +723,10 @@ def absolute_url(base: str, reference: str, what: str) -> str:
     connects to a for http://a\@b/, urlsplit finds the host b.
     """
     with contextlib.suppress(ValueError):
-        url = urljoin(base, reference)
-        read = urllib3.util.parse_url(url)  # by the library that connects
+        read = urllib3.util.parse_url(urljoin(base, reference))  # by the library that connects
         if read.host and reference.isprintable() and not re.search(r"[\\ ]", reference):
             return urlsplit(read.url).geturl()
-    rule = "is not a URL, or has a space, a backslash or a control character"
-    raise PipelineError(f"{what} {rule}: {shorten(reference)}")
+    raise PipelineError(f"{what} is no URL, or has characters that none has: {shorten(reference)}")
 
 
 def download(session: Any, request: Request, file: Path, source: Source, figures: Figures) -> str:
@@ -742,8 +739,6 @@ def download(session: Any, request: Request, file: Path, source: Source, figures
     method, body = ("POST", json.loads(request.body)) if request.body else ("GET", None)
     ask = partial(session.request, method, request.url, stream=True, timeout=HTTP_TIMEOUT)
     too_long = f"{request}: no end after source.answer_seconds, {source.answer_seconds} s"
-    before = figures.get("bytes", 0)
-    errors = requests.RequestException, urllib3.exceptions.HTTPError, ValueError, *BROKEN_GZIP
     tries, failures, give_up = 0, 0, time.monotonic() + source.max_wait
     while True:
         tries, status = tries + 1, 0
@@ -760,7 +755,7 @@ def download(session: Any, request: Request, file: Path, source: Source, figures
                 with file.open("wb") as target:
                     for piece in decoded(response):
                         target.write(piece)
-                        figures["bytes"] = before + target.tell()
+                        figures["bytes"] = figures.get("bytes", 0) + len(piece)
                         if length:
                             figures["percent"] = 100 * response.raw.tell() // length
                 figures.pop("percent", None)
@@ -769,14 +764,13 @@ def download(session: Any, request: Request, file: Path, source: Source, figures
             if link and not source.next:
                 log.warning("the header Link names a next page: source.next: Link would follow it")
             return link[1] if link else ""
-        except errors as error:
+        except (requests.RequestException, urllib3.exceptions.HTTPError, *DAMAGED) as error:
             reason, may_pass = request_failure(error)
         failures += status != 429
         if failures == HTTP_TRIES or not may_pass:
             kind = UnavailableError if may_pass else PipelineError
             raise kind(f"{request}: {reason}, attempt {tries}")
-        at = datetime.now(UTC) + timedelta(seconds=wait)
-        again = f"again in {wait:.1f} s, at {at:%H:%M:%SZ}"
+        again = f"again in {wait:.1f} s, at {datetime.now(UTC) + timedelta(seconds=wait):%H:%M:%SZ}"
         if time.monotonic() + wait > give_up:
             limit = f"source.max_wait, {source.max_wait} s"
             raise UnavailableError(f"gave up: {request}: {reason}; {again}, would be after {limit}")
@@ -838,20 +832,13 @@ def request_failure(error: Exception) -> tuple[str, bool]:
     if isinstance(error, requests.HTTPError):
         status, reason = error.response.status_code, error.response.reason
         return f"HTTP {status} {reason}", status in (408, 429) or (status >= 500 and status != 501)
-    on_its_way = requests.ConnectionError, requests.Timeout
-    back = urllib3.exceptions.ProtocolError, urllib3.exceptions.TimeoutError, *BROKEN_GZIP
-    if isinstance(error, (*on_its_way, *back)):
-        cause = root_cause(error)
-        may_pass = not isinstance(cause, ssl.SSLCertVerificationError)
-        return f"{type(error).__name__}: {cause}", may_pass
-    if isinstance(error, requests.RequestException | urllib3.exceptions.HTTPError | ValueError):
+    if isinstance(error, PipelineError):
+        return str(error), False
+    if isinstance(error, ValueError | requests.TooManyRedirects):  # a wrong URL or header
         return type(error).__name__, False
-    return str(error), False
-
-
-def error_text(error: Exception) -> str:
-    """What failed, without the URL of a request."""
-    return request_failure(error)[0]
+    cause = root_cause(error)
+    may_pass = not isinstance(cause, ssl.SSLCertVerificationError)
+    return f"{type(error).__name__}: {cause}", may_pass
 
 
 def write_pages(pages: Iterable[list[Any]], config: Config, folder: Path, figures: Figures) -> Path:
@@ -904,49 +891,43 @@ def read_pages(session: Any, source: Source, file: Path, figures: Figures) -> It
         if source.step and records and records == before:
             raise PipelineError(f"{page} repeats the one before, as if without source.next_param")
         if records and seen and len(before) < source.step > 1:
-            raise PipelineError(
-                f"{page} follows {len(before)} records, fewer than source.next adds"
-            )
+            raise PipelineError(f"{page} follows {len(before)} records, fewer than {source.next}")
         yield records
+        if not source.next or (source.step and not records):
+            return
         seen.add(request)
-        request, before = next_request(source, request, answer, records, link), records
+        request, before = next_request(source, request, answer, link), records
 
 
 def read_answer(file: Path, what: str) -> Any:
     """The JSON of an answer. Raises PipelineError for anything else."""
-    text = b""
     try:
         with open_body(file) as body:
-            text = body.read()
-        return json.loads(text, parse_float=Decimal)
+            return json.load(body, parse_float=Decimal)
     except UNREADABLE as error:
-        begins = shorten(text[:2000].decode(errors="replace"), 200)
-        raise PipelineError(f"{what}: not JSON: {error}, it begins {begins}") from None
+        begins = shorten(getattr(error, "doc", "")[:2000], 200)
+        raise PipelineError(f"{what}: not JSON: {error}: {begins}") from None
 
 
 def records_of(answer: Any, source: Source, what: str) -> list[dict[str, Any]]:
     """The records in an answer. Raises PipelineError where there is no array of objects."""
     records = dig(answer, split_path(source.records))
     if not isinstance(records, list):
-        names = answer if isinstance(answer, dict) else ()
-        arrays = [name for name in names if isinstance(answer[name], list)]
-        hints = [f"; set it to {join_path([n])}, which has {len(answer[n])}" for n in arrays]
-        text = f"no array at source.records: {shorten(answer, 200)}{''.join(hints)}"
-        raise PipelineError(f"{what}: {text}")
+        fields = answer.items() if isinstance(answer, dict) else ()
+        arrays = [join_path([name]) for name, value in fields if isinstance(value, list)]
+        hint = f"; set it to {' or '.join(arrays)}" if arrays else ""
+        raise PipelineError(f"{what}: no array at source.records: {shorten(answer, 200)}{hint}")
     for record in records:
         if not isinstance(record, dict):
             raise PipelineError(f"{what}: record is not an object: {shorten(record)}")
     return records
 
 
-def next_request(
-    source: Source, request: Request, answer: Any, records: list[Any], link: str
-) -> Request | None:
+def next_request(source: Source, request: Request, answer: Any, link: str) -> Request | None:
     """The request for the page after the one with this answer; None after the last."""
-    following: Any = None
     if source.step:
-        following = number_of(request, source) + source.step if records else None
-    elif source.next:
+        following: Any = number_of(request, source) + source.step
+    else:
         following = link if source.next == "Link" else next_field(source, answer)
     if following in (None, ""):
         return None
@@ -954,8 +935,7 @@ def next_request(
         return with_parameter(request, source.next_param, following)
     if not source.next_param and re.match(r"https?://|[/?]", str(following)):
         return replace(request, url=absolute_url(request.url, str(following), "source.next"))
-    what = "cursor" if source.next_param else "URL"
-    raise PipelineError(f"{request}: no {what} at source.next: {shorten(following)}")
+    raise PipelineError(f"{request}: no URL or cursor at source.next: {shorten(following)}")
 
 
 def next_field(source: Source, answer: Any) -> Any:
@@ -973,10 +953,9 @@ def next_field(source: Source, answer: Any) -> Any:
 
 def number_of(request: Request, source: Source) -> int:
     """What is counted: the request's own number, else 1 for a page and 0 for an offset."""
+    own: Any = dict(parse_qsl(urlsplit(request.url).query)).get(source.next_param)
     if request.body:
         own = dig(json.loads(request.body), split_path(source.next_param))
-    else:
-        own = dict(parse_qsl(urlsplit(request.url).query)).get(source.next_param)
     return int(source.step == 1 if own is None else own)
 
 
@@ -998,8 +977,7 @@ def with_parameter(request: Request, name: str, value: Any) -> Request:
 def is_one_object(file: Path) -> bool:
     """Whether a file is one JSON object, like an answer, and not a line for each record."""
     with contextlib.suppress(*UNREADABLE), open_body(file) as body:
-        if body.read(1000).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"{":
-            body.seek(0)
+        if body.peek(1000).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
             lines = filter(bytes.strip, body)
             return next(lines) and not next(lines, b"").lstrip().startswith(b"{")
     return False
@@ -1048,19 +1026,23 @@ def read_records(path: Path) -> Iterator[list[dict[str, Any]]]:
 
 def read_elements(text: TextIO) -> Iterator[tuple[Any, int]]:
     """Yields what a JSON array holds, or each line, with the characters that it takes."""
-    pieces = iter(partial(text.read, READ_CHARACTERS), "")
-    begins = next(filter(None, (piece.lstrip(WHITESPACE) for piece in pieces)), "")
-    decoder = json.JSONDecoder(parse_float=Decimal)
-    if begins[:1] == "[":
+    begins, decoder = skip_blanks("", text), json.JSONDecoder(parse_float=Decimal)
+    if begins.startswith("["):
         yield from read_array(begins[1:], text, decoder)
-    elif begins[:1] == "{":
+    elif begins.startswith("{"):
         text.seek(0)
         for line in text:
             if line.strip(WHITESPACE):
                 yield decoder.decode(line), len(line)
     elif begins:
-        what = "HTML or XML" if begins[:1] == "<" else "no JSON array"
-        raise PipelineError(f"the source is {what}, it begins {shorten(begins, 200)}")
+        raise PipelineError(f"the source is no JSON array, it begins {shorten(begins, 200)}")
+
+
+def skip_blanks(buffer: str, text: TextIO) -> str:
+    """The buffer, or the next piece of the text, from what is no white space on; "" at the end."""
+    while not (buffer := buffer.lstrip(WHITESPACE)) and (more := text.read(READ_CHARACTERS)):
+        buffer = more
+    return buffer
 
 
 def read_array(buffer: str, text: TextIO, decoder: json.JSONDecoder) -> Iterator[tuple[Any, int]]:
@@ -1070,22 +1052,21 @@ def read_array(buffer: str, text: TextIO, decoder: json.JSONDecoder) -> Iterator
     complete, so that more text can only mend an error at the end of the piece, or a string that
     does not end in it.
     """
-    skip: Any = re.compile(f"[{WHITESPACE}]*").match  # which always matches
-    size, is_first, is_open = READ_CHARACTERS, True, True
+    delimiter: Any = re.compile(rf"[{WHITESPACE}]*([,\]])[{WHITESPACE}]*").match
+    buffer = skip_blanks(buffer, text)
+    size, is_open, buffer = READ_CHARACTERS, buffer[:1] != "]", buffer.removeprefix("]")
     while is_open:
-        more = text.read(size)
-        buffer += more
-        piece, position = buffer[: buffer.rfind(",") + 1] if more else buffer, 0
+        more, position = text.read(size), 0
+        buffer = (buffer + more).lstrip(WHITESPACE)
+        piece = buffer[: buffer.rfind(",") + 1] if more else buffer
         try:
             while is_open:
-                end = skip(piece, position).end()
-                if not (is_first and piece.startswith("]", end)):
-                    element, end = decoder.raw_decode(piece, end)
-                    yield element, end - position
-                    end = skip(piece, end).end()
-                if piece[end : end + 1] not in (",", "]"):
+                element, end = decoder.raw_decode(piece, position)
+                yield element, end - position
+                found = delimiter(piece, end)
+                if not found:
                     raise json.JSONDecodeError("Expecting ',' delimiter", piece, end)
-                is_first, is_open, position = False, piece[end] == ",", end + 1
+                is_open, position = found[1] == ",", found.end()
         except json.JSONDecodeError as error:
             if not more and not piece.rstrip(WHITESPACE).endswith("]"):
                 raise json.JSONDecodeError("it ends early", piece, len(piece)) from None
@@ -1094,10 +1075,8 @@ def read_array(buffer: str, text: TextIO, decoder: json.JSONDecoder) -> Iterator
         buffer = buffer[position:]
         # Doubled, so that one huge record is not scanned from its start for every piece.
         size = READ_CHARACTERS if position else size * 2
-    while buffer:
-        if buffer.strip(WHITESPACE):
-            raise json.JSONDecodeError("Extra data after the array", buffer, 0)
-        buffer = text.read(READ_CHARACTERS)
+    if more := skip_blanks(buffer, text):
+        raise json.JSONDecodeError("Extra data after the array", more, 0)
 
 
 # --- transform ----------------------------------------------------------------------------------
@@ -2056,7 +2035,7 @@ def tell(alerts: Alerts, event: str, what: str, lines: Sequence[str] = ()) -> di
                 with limit_seconds(ALERT_SECONDS, f"no end after {ALERT_SECONDS} seconds"):
                     send(target, *message)
             except Exception as error:
-                failures[channel] = masked(error_text(error))
+                failures[channel] = masked(request_failure(error)[0])
                 log.warning("%s: %s", channel, failures[channel])
     return failures
 

@@ -133,7 +133,7 @@ def test_failed_runs(sandbox: Sandbox, configure: Configure) -> None:
     check_failed(sandbox, sandbox.run(*JSON, *config), NOT_FOUND)
     sandbox.source.body = b"<!channel> & <http://evil.example|click>"
     done = sandbox.run(*JSON, *config)
-    error = "transform: the source is HTML or XML.*<!channel> & <"
+    error = "transform: the source is no JSON array.*<!channel> & <"
     check_failed(sandbox, done, error)
     serve(sandbox, launches()[:3])
     done = sandbox.run(*JSON, *config)
@@ -466,7 +466,7 @@ def test_everything_hangs(sandbox: Sandbox, configure: Configure) -> None:
             done = future.result()
             assert done.returncode == status, done.stderr
             assert warned(done) == set(told.split()), done.stderr
-    nowhere = "the source /nowhere is not a file, nor a URL of http, https or s3"
+    nowhere = "/nowhere is no file, nor a URL of http, https or s3"
     first = f"redshift failed on {HOST}: extract: {nowhere}"
     lines = check_message(sandbox, first, heartbeat=True)  # to the one that drips
     assert not [line for line in lines if line.startswith("public.")]

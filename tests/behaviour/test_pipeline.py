@@ -308,8 +308,8 @@ def test_the_source_of_the_configuration_and_a_file(sandbox: Sandbox, tmp_path: 
 
 def test_a_source_that_is_not_there(sandbox: Sandbox, tmp_path: Path) -> None:
     for source, says in (
-        (tmp_path / "nothing.json", "nothing.json is not a file"),
-        (tmp_path, "is not a file"),
+        (tmp_path / "nothing.json", "nothing.json is no file"),
+        (tmp_path, "is no file"),
         (f"s3://{BUCKET}/nothing.json", f"cannot read s3://{BUCKET}/nothing.json"),
         ("s3://no-such-bucket/x", "cannot read s3://no-such-bucket/x"),
     ):

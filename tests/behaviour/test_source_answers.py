@@ -245,7 +245,7 @@ ENDS: dict[str, tuple[str, Any, bool]] = {
 @pytest.mark.parametrize(("following", "document", "ends"), ENDS.values(), ids=ENDS)
 def test_the_end_of_the_pages(fetch: Fetch, following: str, document: Any, ends: bool) -> None:
     records = "r" if isinstance(document, dict) else None
-    message = rf"no (URL at source\.next|{following} \(source\.next\))"
+    message = rf"no (URL or cursor at source\.next|{following} \(source\.next\))"
     told = contextlib.nullcontext() if ends else pytest.raises(PipelineError, match=message)
     with told:
         assert fetch(*[responds(200, document)] * 2, records=records, next=following) == things(1)

@@ -425,8 +425,8 @@ ONE = {"id": 1, "name": "a1", "parts": [{"id": 2}, {"id": 3}]}
 FILES: dict[str, tuple[Any, dict[str, Any], Any]] = {
     "a page": (PAGE, {"records": "results", "next": "next"}, SEVEN),
     "a page below": ({"data": PAGE}, {"records": "data.results"}, SEVEN),
-    "a page, but records is not set": (PAGE, {}, "set it to results, which has 7"),
-    "a page with another name": (PAGE, {"records": "data"}, "set it to results, which has 7"),
+    "a page, but records is not set": (PAGE, {}, "set it to results$"),
+    "a page with another name": (PAGE, {"records": "data"}, "set it to results$"),
     "the records though records is set": (SEVEN, {"records": "results"}, SEVEN),
     "lines though records is set": (lines(SEVEN), {"records": "results"}, SEVEN),
     "one record": (ONE, {}, [ONE]),

@@ -127,7 +127,7 @@ WRONG: dict[str, list[str | bytes]] = {
         *(b'{"a": 1}\n{"a": "caf\xe9"}', PACKED[:-9], PACKED[:100], PACKED[:3]),
         *(PACKED[:-8] + bytes(8), PACKED + b"garbage", PACKED[:50] + b"\xff" * 9 + PACKED[59:]),
     ],
-    'is HTML or XML, it begins "<!DOCTYPE html>': ["<!DOCTYPE html><title>503</title>"],
+    'is no JSON array, it begins "<!DOCTYPE html>': ["<!DOCTYPE html><title>503</title>"],
     'is no JSON array, it begins "5"': ["5"],
     'is no JSON array, it begins "null"': ["null"],
     "is no JSON array": ['"[]"'],
