@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import base64
 import contextlib
+import ctypes
 import errno
 import gc
 import gzip
@@ -37,7 +38,7 @@ import threading
 import time
 import zlib
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
 from datetime import UTC, datetime, timedelta
 from decimal import Context, Decimal, DecimalException, Inexact, InvalidOperation
@@ -53,7 +54,6 @@ import yaml
 if TYPE_CHECKING:
     import boto3
     import botocore
-    import numpy as np
     import pandas as pd
     import redshift_connector
     import requests
@@ -120,10 +120,9 @@ EXPECTED = (PipelineError, OSError, MemoryError, Stopped)  # which need no trace
 
 def import_packages() -> None:
     """Imports the large packages. --help and a wrong configuration answer without them."""
-    global boto3, botocore, np, pd, redshift_connector, requests, urllib3
+    global boto3, botocore, pd, redshift_connector, requests, urllib3
     import boto3.s3.transfer
     import botocore.session
-    import numpy as np
     import pandas as pd
     import redshift_connector
     import requests
@@ -623,8 +622,9 @@ def figure_text(name: str, value: Any) -> str:
     return f"{unit} {value / size:.2f}" if size else f"{unit} {value}"
 
 
-def pause(seconds: float) -> None:
-    """Waits, as the log has just said, which needs no lines of progress."""
+def pause(seconds: float, why: str) -> None:
+    """Waits, and warns of it once, instead of lines of progress."""
+    log.warning("%s", why)
     paused.set()
     time.sleep(seconds)
     paused.clear()
@@ -774,8 +774,7 @@ def download(session: Any, request: Request, file: Path, source: Source, figures
         if time.monotonic() + wait > give_up:
             limit = f"source.max_wait, {source.max_wait} s"
             raise UnavailableError(f"gave up: {request}: {reason}; {again}, would be after {limit}")
-        log.warning("%s, trying %s", reason, again)
-        pause(wait)
+        pause(wait, f"{reason}, trying {again}")
 
 
 @contextlib.contextmanager
@@ -1173,12 +1172,11 @@ def checked(column: Column, values: Sequence[Any], table: Table, rows: list[Any]
     """
     try:
         return fit(column, values)
-    except Unfit:
+    except Unfit as rule:
+        if len(values) == 1:
+            raise misfit(table, rows[0], column.path, values[0], str(rule)) from None
         for row, value in zip(rows, values, strict=True):
-            try:
-                fit(column, [value])
-            except Unfit as rule:
-                raise misfit(table, row, column.path, value, str(rule)) from None
+            checked(column, [value], table, [row])
         raise
 
 
@@ -1223,20 +1221,13 @@ def fit(column: Column, values: Sequence[Any]) -> Sequence[Any]:
             limit = 1 << {"smallint": 15, "integer": 31, "bigint": 63}[column.kind]
             if not all(-limit <= value < limit for value in filter(None, values)):
                 raise Unfit(f"is outside {-limit} to {limit - 1}")
-        case "real" | "double precision":
-            refuse_others(values, "a number", int, Decimal)
-            with np.errstate(over="ignore"):
-                return [None if value is None else to_float(column.kind, value) for value in values]
-        case "decimal":
-            refuse_others(values, "a number", int, Decimal, str)
-            return [None if value is None else to_decimal(column, value) for value in values]
         case "varchar":
             refuse_others(values, "a text", str)
             refuse_texts(list(filter(None, values)), column.arguments[0])
-        case "date" | "timestamp" | "timestamptz":
-            return [None if value is None else to_time(column.kind, value) for value in values]
         case "super":
             return to_super(values)
+        case kind:
+            return [None if value is None else CONVERT[kind](column, value) for value in values]
     return values
 
 
@@ -1259,17 +1250,21 @@ def refuse_texts(texts: list[str], most: int) -> None:
         raise Unfit(f"has a text of {size} bytes, at most {most} fit")
 
 
-def to_float(kind: str, number: int | Decimal) -> float:
+FLOATS = {"real": (ctypes.c_float, 2.0**-126), "double precision": (ctypes.c_double, 2.0**-1022)}
+
+
+def to_float(column: Column, number: Any) -> float:
     """A number that real or double precision holds, if rounded."""
-    held: Any = np.float32 if kind == "real" else np.float64
-    value = float(Decimal(number))
-    if number and not np.finfo(held).tiny <= abs(held(value)) <= np.finfo(held).max:
-        raise Unfit(f"is outside the range of {kind}")
+    refuse_others([number], "a number", int, Decimal)
+    value, (held, least) = float(Decimal(number)), FLOATS[column.kind]
+    if number and not least <= abs(held(value).value) < math.inf:
+        raise Unfit(f"is outside the range of {column.kind}")
     return value
 
 
-def to_decimal(column: Column, number: int | Decimal | str) -> str:
+def to_decimal(column: Column, number: Any) -> str:
     """A number in all its digits; many APIs serve money in quotes."""
+    refuse_others([number], "a number", int, Decimal, str)
     if isinstance(number, str) and not re.fullmatch(r"-?\d+(\.\d+)?", number, re.ASCII):
         raise Unfit("is not a number")
     precision, scale = column.arguments
@@ -1288,21 +1283,27 @@ TIMES = {  # how a text has to be written, with an example
 }
 
 
-def to_time(kind: str, text: object) -> str:
+def to_time(column: Column, text: Any) -> str:
     """ISO 8601 with microseconds and in UTC, as COPY reads it with TIMEFORMAT 'auto'."""
-    pattern, example = TIMES[kind]
+    pattern, example = TIMES[column.kind]
     if not isinstance(text, str) or not re.fullmatch(pattern, text):
-        raise Unfit(f"is not a {kind} such as {example}")
+        raise Unfit(f"is not a {column.kind} such as {example}")
     try:
         moment = datetime.fromisoformat(text)
         if moment.utcoffset():
             text = moment.astimezone(UTC).isoformat()
     except (ValueError, OverflowError):
         raise Unfit("is outside the years 1 to 9999, or does not exist in the calendar") from None
-    if kind == "date":
+    if column.kind == "date":
         return text
     # From the text: isoformat() takes longer than all the rest.
-    return f"{text[:10]}T{text[11:19]}.{moment.microsecond:06}" + "Z" * (kind == "timestamptz")
+    return f"{text[:10]}T{text[11:19]}.{moment.microsecond:06}" + "Z" * (
+        column.kind == "timestamptz"
+    )
+
+
+CONVERT: dict[str, Callable[[Column, Any], Any]] = dict.fromkeys(TIMES, to_time)
+CONVERT |= {"decimal": to_decimal} | dict.fromkeys(FLOATS, to_float)
 
 
 # A number with a fraction becomes the nearest double, as most readers of JSON take it.
@@ -1511,7 +1512,7 @@ class Stager:
             encryption = {"ServerSideEncryption": key}
         threadless = boto3.s3.transfer.TransferConfig(use_threads=False)  # a signal ends it at once
         url = self.run.url(name, file.name)
-        with aws_errors("write", url, "stage"):  # which goes on beside the transform
+        with aws_errors("write", url):
             bucket, path = urlsplit(url).netloc, urlsplit(url).path[1:]
             self._s3.upload_file(str(file), bucket, path, encryption, Config=threadless)
         self.figures.update(files=1, bytes=file.stat().st_size)
@@ -1557,13 +1558,12 @@ def bucket_client(bucket: str) -> Any:
 
 
 @contextlib.contextmanager
-def aws_errors(action: str, resource: str, of_step: str = "") -> Iterator[None]:
+def aws_errors(action: str, resource: str) -> Iterator[None]:
     """Turns what boto3 raises into a PipelineError: what could not be done to what, and as whom."""
     of_botocore = botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError
     try:
         yield
     except (*of_botocore, boto3.exceptions.Boto3Error) as error:
-        context["step"] = of_step or context["step"]
         identity = ""
         with contextlib.suppress(Exception):
             identity = f" as {aws_client('sts').get_caller_identity()['Arn']}"
@@ -1620,9 +1620,7 @@ def quoted(*names: str) -> str:
 
 
 def literal(text: str) -> str:
-    """A text as an SQL literal. Redshift reads a backslash in one as an escape, PostgreSQL not."""
-    if "\\" in text:
-        raise PipelineError(f"{text!r} has a backslash, which a name in SQL cannot have")
+    """A text as an SQL literal: names, URLs and roles, in which the rules allow no backslash."""
     return "'" + text.replace("'", "''") + "'"
 
 
@@ -1740,8 +1738,8 @@ def connect(redshift: Redshift) -> Any:
             to = "{host}:{port}, database {database}".format(**login)
             kind = UnavailableError if isinstance(error, TransientError) else PipelineError
             raise kind(f"cannot connect to Redshift at {to}: {error}", error.code)
-        log.warning("cannot connect: %s, trying again in %.0f s", error, min(wait, left))
-        pause(min(wait, left))
+        wait = min(wait, left)
+        pause(wait, f"cannot connect: {error}, trying again in {wait:.0f} s")
         wait = min(wait * 2, 15)
 
 
@@ -1804,8 +1802,7 @@ def load(run: Run, region: str, lineage: dict[str, str]) -> Loaded:
                         return dict(run.rows), {}
                 raise
             wait = 2**tries * random.uniform(0.5, 1)
-            log.warning("%s, trying again in %.1f s", error, wait)
-            time.sleep(wait)
+            pause(wait, f"{error}, trying again in {wait:.1f} s")
 
 
 def load_once(run: Run, region: str, lineage: dict[str, str]) -> Loaded:
@@ -1869,10 +1866,9 @@ def planned_changes(cursor: Any, config: Config) -> dict[str, str]:
                     sql = f"{alter} ALTER COLUMN {quoted(column.name)} TYPE {column.type}"
                     changes[sql] = WIDEN_ADVICE.format(column.name, table.name, fix)
             elif has is None or has.type != column.type:
-                faults.append(
-                    f"{table.name}: the column {column.name} is {has.type if has else 'missing'} "
-                    f"in the table and {column.sql.partition(' ')[2]} in the configuration; {fix}"
-                )
+                there, wanted = has.type if has else "missing", column.sql.partition(" ")[2]
+                types = f"{there} in the table and {wanted} in the configuration"
+                faults.append(f"{table.name}: the column {column.name} is {types}; {fix}")
         if existing:
             log.warning("%s also has the columns %s", table.name, ", ".join(existing))
     if faults:
@@ -1892,8 +1888,7 @@ def existing_columns(cursor: Any, table: Table) -> dict[str, Column]:
     rows = look().fetchall()
     # It is looked at again, because another loader may just have made the table.
     if not rows and exists(cursor, table) and not (rows := look().fetchall()):
-        why = "svv_columns shows none of its columns: an administrator has to open it to this user"
-        raise PipelineError(f"{table.name} exists, but {why}")
+        raise PipelineError(f"{table.name} exists, but svv_columns hides it: ask an administrator")
     return {n: Column((), n, written.get(kind, kind).format(*more)) for n, kind, *more in rows}
 
 
@@ -2002,11 +1997,11 @@ def refuse_shrinking(run: Run, table: Table, before: int) -> None:
     least = max(table.min_rows, math.ceil(round(before * (1 - table.max_shrink), 6)))
     after = run.rows[table.name]
     if after < least and table.mode == "replace" and not run.allow_shrink:
-        raise PipelineError(
-            f"{table.name} has {before} rows and would have {after}, at least {least} are "
-            f"expected (min_rows {table.min_rows}, max_shrink {table.max_shrink}); "
-            "if that is right, run once with --allow-shrink"
+        rows = (
+            f"{table.name} has {before} rows and would have {after}, at least {least} are expected"
         )
+        limits = f"(min_rows {table.min_rows}, max_shrink {table.max_shrink})"
+        raise PipelineError(f"{rows} {limits}; if that is right, run once with --allow-shrink")
 
 
 # --- notify -------------------------------------------------------------------------------------
@@ -2042,10 +2037,9 @@ def tell(alerts: Alerts, event: str, what: str, lines: Sequence[str] = ()) -> di
 
 def send_slack(secret: str, event: str, _subject: str, text: str) -> None:
     """Posts a message to the incoming webhook whose URL is in the secret, as such or in JSON."""
-    found = re.search(r'https?://[^\s"]*', read_secret(secret))
-    if not found:
+    url = "".join(re.findall(r'https?://[^\s"]*', read_secret(secret))[:1])
+    if not url:
         raise PipelineError(f"the secret {secret} holds no URL")
-    url = found[0]
     hide(url, urlsplit(url).path)
     icon = {"success": "✅ ", "failure": "❌ "}.get(event, "")
     text = html.escape(icon + text, quote=False)[:39_000]  # of 40,000 that Slack takes
