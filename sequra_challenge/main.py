@@ -925,9 +925,8 @@ def records_of(answer: Any, source: Source, what: str) -> list[dict[str, Any]]:
 def next_request(source: Source, request: Request, answer: Any, link: str) -> Request | None:
     """The request for the page after the one with this answer; None after the last."""
     if source.step:
-        following: Any = number_of(request, source) + source.step
-    else:
-        following = link if source.next == "Link" else next_field(source, answer)
+        return with_parameter(request, source.next_param, number_of(request, source) + source.step)
+    following = link if source.next == "Link" else next_field(source, answer)
     if following in (None, ""):
         return None
     if source.next_param and type(following) in (int, str):
@@ -939,11 +938,10 @@ def next_request(source: Source, request: Request, answer: Any, link: str) -> Re
 
 def next_field(source: Source, answer: Any) -> Any:
     """What an answer has at source.next; null after the last page."""
-    is_optional = source.next.endswith("?") and not source.next.endswith(r"\?")
-    for name in split_path(source.next.removesuffix("?") if is_optional else source.next):
+    if source.next.endswith("?") and not source.next.endswith(r"\?"):
+        return dig(answer, split_path(source.next.removesuffix("?")))
+    for name in split_path(source.next):
         if answer is not None and (not isinstance(answer, dict) or name not in answer):
-            if is_optional:
-                return None
             advice = f"if only the last page has none, write {source.next}?"
             raise PipelineError(f"the answer has no {source.next} (source.next); {advice}")
         answer = answer and answer[name]
