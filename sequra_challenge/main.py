@@ -467,8 +467,7 @@ def source_faults(source: Source) -> Iterator[tuple[Any, str]]:
         is_header = re.fullmatch(r"[\w-]+: [ -~]*", f"{name}: {text}", re.ASCII)
         yield not is_header, f"source.headers.{name}: has characters that no header can have"
     yield source.step and not source.next_param, "source.next: a number needs source.next_param"
-    cursor = "source.next_param: needs the path of a cursor, or a number, at source.next"
-    yield source.next_param and source.next in ("", "Link"), cursor
+    yield source.next_param and source.next in ("", "Link"), "source.next_param: no cursor at next"
     yield source.body and not is_http(source.url), "source.body: is for a URL of http or https"
     try:
         request = Request(source.url, source.body)
@@ -1281,7 +1280,7 @@ TIMES = {  # how a text has to be written, with an example
 }
 
 
-def to_time(column: Column, text: Any) -> str:
+def to_time(column: Column, text: object) -> str:
     """ISO 8601 with microseconds and in UTC, as COPY reads it with TIMEFORMAT 'auto'."""
     pattern, example = TIMES[column.kind]
     if not isinstance(text, str) or not re.fullmatch(pattern, text):
@@ -1295,9 +1294,8 @@ def to_time(column: Column, text: Any) -> str:
     if column.kind == "date":
         return text
     # From the text: isoformat() takes longer than all the rest.
-    return f"{text[:10]}T{text[11:19]}.{moment.microsecond:06}" + "Z" * (
-        column.kind == "timestamptz"
-    )
+    zone = "Z" if column.kind == "timestamptz" else ""
+    return f"{text[:10]}T{text[11:19]}.{moment.microsecond:06}{zone}"
 
 
 CONVERT: dict[str, Callable[[Column, Any], Any]] = dict.fromkeys(TIMES, to_time)
@@ -1736,8 +1734,7 @@ def connect(redshift: Redshift) -> Any:
             to = "{host}:{port}, database {database}".format(**login)
             kind = UnavailableError if isinstance(error, TransientError) else PipelineError
             raise kind(f"cannot connect to Redshift at {to}: {error}", error.code)
-        wait = min(wait, left)
-        pause(wait, f"cannot connect: {error}, trying again in {wait:.0f} s")
+        pause(min(wait, left), f"cannot connect: {error}, trying again in {min(wait, left):.0f} s")
         wait = min(wait * 2, 15)
 
 
@@ -1812,16 +1809,14 @@ def load_once(run: Run, region: str, lineage: dict[str, str]) -> Loaded:
         return (dict(run.rows), {}) if is_loaded(cursor, run) else swap(cursor, run, lineage)
 
 
-AUDIT_COLUMNS = (
-    "table_name varchar(255), mode varchar(16), source varchar(4096), manifest varchar(4096), "
-    "raw varchar(4096), sha256 varchar(64), rows_before bigint, rows_loaded bigint, "
-    "started_at timestamptz"
-)
+AUDIT_COLUMNS = """table_name varchar(255), mode varchar(16), source varchar(4096),
+manifest varchar(4096), raw varchar(4096), sha256 varchar(64), rows_before bigint,
+rows_loaded bigint, started_at timestamptz"""
 
 
 def audit_table(config: Config) -> Table:
     """The table that gets a row for each run and table, and that loaders lock to take turns."""
-    columns = tuple(parse_column(*text.split()) for text in AUDIT_COLUMNS.split(", "))
+    columns = tuple(parse_column(*text.split()) for text in AUDIT_COLUMNS.split(","))
     return Table(name=config.redshift.audit_table, columns=columns, key=())
 
 
