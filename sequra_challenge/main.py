@@ -338,8 +338,7 @@ def read_section(kind: Any, given: Any, at: str, faults: list[str]) -> Any:
 def read_tables(given: Any, faults: list[str]) -> Iterator[Table]:
     """The tables that the file describes, by name."""
     sections = read_mapping(given, "tables", faults)
-    if not sections:
-        faults.append("tables: missing")
+    faults += ["tables: missing"] * (not sections)
     for number, (name, section) in enumerate(sections.items(), 1):
         table = read_section(Table, section, f"tables.{name}", faults)
         columns = tuple(replace(c, in_key=c.name in table.key) for c in table.columns)
@@ -1508,7 +1507,7 @@ class Stager:
             encryption = {"ServerSideEncryption": key}
         threadless = boto3.s3.transfer.TransferConfig(use_threads=False)  # a signal ends it at once
         url = self.run.url(name, file.name)
-        with aws_errors("write", url):
+        with aws_errors("write", url, "stage"):  # which goes on beside the transform
             bucket, path = urlsplit(url).netloc, urlsplit(url).path[1:]
             self._s3.upload_file(str(file), bucket, path, encryption, Config=threadless)
         self.figures.update(files=1, bytes=file.stat().st_size)
@@ -1554,12 +1553,13 @@ def bucket_client(bucket: str) -> Any:
 
 
 @contextlib.contextmanager
-def aws_errors(action: str, resource: str) -> Iterator[None]:
+def aws_errors(action: str, resource: str, of_step: str = "") -> Iterator[None]:
     """Turns what boto3 raises into a PipelineError: what could not be done to what, and as whom."""
     of_botocore = botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError
     try:
         yield
     except (*of_botocore, boto3.exceptions.Boto3Error) as error:
+        context["step"] = of_step or context["step"]
         identity = ""
         with contextlib.suppress(Exception):
             identity = f" as {aws_client('sts').get_caller_identity()['Arn']}"

@@ -224,7 +224,7 @@ def test_what_is_wrong_gets_a_sentence(
     for content, message in (
         ("[]", "there are no records"),
         ("[1]", "record 1 is not an object: 1"),
-        ("<html>", "HTML"),
+        ("<html>", "no JSON array"),
     ):
         path.write_text(content)
         assert message in draft(path, status=1)

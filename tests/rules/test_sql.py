@@ -6,16 +6,7 @@ from typing import Any
 
 import pytest
 
-from helpers import (
-    ROLE,
-    PipelineError,
-    config_of,
-    copy_sql,
-    create_sql,
-    doubles_sql,
-    literal,
-    swap_sql,
-)
+from helpers import ROLE, config_of, copy_sql, create_sql, doubles_sql, literal, swap_sql
 from sandbox import SAMPLE
 
 COLUMNS = {
@@ -68,9 +59,3 @@ def test_all_statements(
 )
 def test_a_literal(text: str, written: str) -> None:
     assert literal(text) == written
-
-
-@pytest.mark.parametrize("text", ["\\", "a\\'b"])
-def test_a_literal_has_no_backslash(text: str) -> None:
-    with pytest.raises(PipelineError, match="backslash"):
-        literal(text)
