@@ -193,7 +193,7 @@ def test_upsert_keeps_vanished_rows_and_renews_the_others(sandbox: Sandbox, tmp_
 
 def test_answers_to_the_questions(sandbox: Sandbox) -> None:
     loaded(sandbox)
-    first, most, soon = (sandbox.query(sql) for sql in QUESTIONS.values())
+    first, most, soon = (sandbox.query(sql) for sql in QUESTIONS[PIPELINE].values())
     assert [row["flight_number"] for row in first] == [1, 2, 3, 4, 5, 6, 7, 9]
     assert [(row["core"], row["flights"]) for row in most] == [
         ("5e9e28a7f3591817f23b2663", 14),
