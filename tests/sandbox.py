@@ -254,7 +254,7 @@ class Sandbox:
         self.set_secret()
         self.secrets.put_secret_value(SecretId=SLACK_SECRET, SecretString=self.slack.url)
         self.received()
-        if keys := [{"Key": key} for key in self.keys()]:
+        if keys := [{"Key": key} for key in self.staged()]:
             self.s3.delete_objects(Bucket=BUCKET, Delete={"Objects": keys})
         with self.redshift.connect() as connection:
             schema = f'CREATE SCHEMA public AUTHORIZATION "{USER}"'
@@ -269,11 +269,12 @@ class Sandbox:
     def objects(self) -> dict[str, bytes]:
         """The objects in the bucket, by their keys."""
         get = self.s3.get_object
-        return {key: get(Bucket=BUCKET, Key=key)["Body"].read() for key in self.keys()}
+        return {key: get(Bucket=BUCKET, Key=key)["Body"].read() for key in self.staged()}
 
-    def keys(self) -> list[str]:
+    def staged(self, end: str = "") -> list[str]:
+        """The keys in the bucket that end so."""
         listed = self.s3.list_objects_v2(Bucket=BUCKET).get("Contents", [])
-        return [item["Key"] for item in listed]
+        return [item["Key"] for item in listed if item["Key"].endswith(end)]
 
     def subscribe(self) -> None:
         """Makes the SNS topic, with a queue as its subscriber."""

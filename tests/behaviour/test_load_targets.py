@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import re
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from helpers import AUDIT, COLUMNS, TABLE, Things, count, faulty_aws, serve
-from sandbox import DATABASE, PASSWORD, USER, answer
+from sandbox import BUCKET, DATABASE, PASSWORD, USER, answer
 
 IN_THE_WAY = {
     "view": (
@@ -240,8 +241,9 @@ def test_booleans_and_times_as_the_guide_spells_them(things: Things) -> None:
     assert {row[4]: row[0] for row in rows} == times
     for _, on, at, tz, day in rows:
         assert (on, at, tz) == (day, f"{day} 01:02:03", f"{day} 01:02:03.5+00")
-    (part,) = [body for key, body in things.sandbox.objects().items() if key.endswith(".csv.gz")]
-    cells = [line.split(",")[2] for line in gzip.decompress(part).decode().splitlines()[1:]]
+    (key,) = things.sandbox.staged(".csv.gz")
+    text = gzip.decompress(things.sandbox.objects()[key]).decode()
+    cells = [line.split(",")[2] for line in text.splitlines()[1:]]
     assert cells[:2] == ["t", "f"]
 
 
@@ -268,6 +270,43 @@ def test_a_key_with_a_space_at_its_end_replaces_the_one_without(things: Things) 
     things.load(("a", 1), ("b", 2), mode="upsert")
     things.load(("a ", 3), mode="upsert")
     assert things.rows() == [("a ", 3), ("b", 2)]
+
+
+def rewrite(things: Things, old: str, new: str) -> None:
+    """Changes the only staged file before it is copied."""
+
+    def hook(when: str, sql: str) -> None:
+        if when == "before" and sql.startswith("COPY"):
+            (key,) = things.sandbox.staged(".csv.gz")
+            text = gzip.decompress(things.sandbox.objects()[key]).decode()
+            assert old in text
+            body = gzip.compress(text.replace(old, new).encode())
+            things.sandbox.s3.put_object(Bucket=BUCKET, Key=key, Body=body)
+
+    things.sandbox.redshift.hook = hook
+
+
+@pytest.mark.parametrize("errors", ["GRANT", "REVOKE"])
+def test_a_value_that_copy_refuses_is_shown_with_its_place(things: Things, errors: str) -> None:
+    """Without stl_load_errors, as on Redshift Serverless, its place alone."""
+    rewrite(things, "2\n", "x2\n")
+    with things.sandbox.redshift.connect() as connection, contextlib.ExitStack() as at_end:
+        view = b"SELECT ON sandbox.stl_load_errors"
+        if errors == "REVOKE":
+            connection.execute(b"REVOKE %b FROM PUBLIC" % view)
+            at_end.callback(connection.execute, b"GRANT %b TO PUBLIC" % view)
+        error = things.refused(("a", 1), ("b", 2), ("c", 3))
+    (key,) = things.sandbox.staged(".csv.gz")
+    place = f"COPY for {TABLE}: s3://{BUCKET}/{key}, line 3, column n (int4): "
+    reason = "Invalid digit, Value 'x', Pos 0, Type: Integer"
+    value = ', value "x2"' if errors == "GRANT" else ""
+    assert error == f"load: {place}{reason}{value}"
+
+
+def test_fewer_rows_than_staged_are_refused(things: Things) -> None:
+    rewrite(things, '"b",2\n', "")
+    error = things.refused(("a", 1), ("b", 2), ("c", 3))
+    assert f"COPY for {TABLE}: 2 rows, but 3 were staged" in error
 
 
 ENCRYPTIONS = {
