@@ -721,29 +721,22 @@ def test_the_driver_finds_the_platform_cached(world: World) -> None:
 # --- the disk ------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def tiny_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+@contextlib.contextmanager
+def tiny_disk(folder: Path, kilobytes: int) -> Iterator[None]:
     """Mounts a file system of some kB, where the machine allows it."""
-    with contextlib.ExitStack() as at_end:
-
-        def mount(kilobytes: int) -> Path:
-            folder = tmp_path / f"disk{kilobytes}"
-            folder.mkdir()
-            command = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder)]
-            if subprocess.run(command, capture_output=True, check=False).returncode:
-                pytest.skip("this machine does not let the tests mount a file system")
-            at_end.callback(lambda: subprocess.run(["umount", folder], check=True))
-            return folder
-
-        yield mount
+    command = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder)]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("this machine does not let the tests mount a file system")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", folder], check=True)
 
 
 @pytest.mark.parametrize(
     ("kilobytes", "step"), [(96, "extract"), (104, "transform"), (124, "(transform|stage)")]
 )
-def test_disk_is_full(
-    world: World, tiny_disk: Callable[[int], Path], kilobytes: int, step: str
-) -> None:
+def test_disk_is_full(world: World, kilobytes: int, step: str) -> None:
     """The response has 99 kB, the CSV files of the two tables some 12 kB.
 
     They may be gone when the response, much of which no table loads, is gzipped to 37 kB.
@@ -751,9 +744,9 @@ def test_disk_is_full(
     first, *others = launches()
     noise = {"noise": random.Random(1).randbytes(20_000).hex()}
     serve(world.sandbox, [first | noise, *others])
-    world.temporary = tiny_disk(kilobytes)
     full = f"^{step}: .*No space left on device.* in {re.escape(str(world.temporary))}$"
-    world.check(world.run(), "old", 1, full)
+    with tiny_disk(world.temporary, kilobytes):
+        world.check(world.run(), "old", 1, full)
 
 
 def test_no_folder_can_be_written(world: World) -> None:

@@ -62,34 +62,28 @@ def test_missing_columns_are_added_and_narrower_texts_widened(things: Things) ->
     assert wide["length"] == 1000
 
 
-# The type of a column when the table was made and now, and a value; "" where there was none.
+# The type of a column in the table, and that in the configuration.
 DIFFERENT = {
-    "text": ("varchar(20)", "integer", None),
-    "whole": ("bigint not null", "integer", 5),
-    "json": ("varchar(65535)", "super", None),
-    "flag": ("smallint", "boolean", None),
-    "lacking": ("", "boolean not null", True),
-    # These would be altered.
-    "name": ("varchar(4)", "varchar(9)", "abcd"),
-    "added": ("", "super", [1]),
+    "text": ("varchar(20)", "integer"),
+    "whole": ("bigint", "integer"),
+    "json": ("varchar(65535)", "super"),
+    "flag": ("smallint", "boolean"),
+    "lacking": ("missing", "boolean not null"),
 }
 
 
 def test_what_differs_stops_the_run_and_the_statement_helps(things: Things) -> None:
     """All faults are in one message; nothing is altered before there are none."""
-    faults = [
-        f"{TABLE}: the column text is varchar(20) in the table and integer in the configuration",
-        f"{TABLE}: the column whole is bigint in the table and integer in the configuration",
-        f"{TABLE}: the column json is varchar(65535) in the table and super in the configuration",
-        f"{TABLE}: the column flag is smallint in the table and boolean in the configuration",
-        f"{TABLE}: the column lacking is missing in the table and boolean NOT NULL in the config",
-        f"{AUDIT}: the column rows_before is varchar(20) in the table and bigint in the config",
-    ]
-    before, now, values = (
-        {name: row[n] for name, row in DIFFERENT.items() if row[n] != ""} for n in range(3)
-    )
-    serve(things.sandbox, [{"id": "a", "n": 1} | values])
-    things.load(columns=COLUMNS | before)
+    fault = "{}: the column {} is {} in the table and {} in the configuration"
+    faults = [fault.format(TABLE, name, *kinds) for name, kinds in DIFFERENT.items()]
+    faults = [text.replace("not null", "NOT NULL") for text in faults]
+    faults.append(fault.format(AUDIT, "rows_before", "varchar(20)", "bigint"))
+    before = {name: kind for name, (kind, _) in DIFFERENT.items() if kind != "missing"}
+    now = {name: kind for name, (_, kind) in DIFFERENT.items()}
+    now |= {"name": "varchar(9)", "added": "super"}  # which would be altered
+    values = {"whole": 5, "lacking": True, "name": "abcd", "added": [1]}
+    serve(things.sandbox, [{"id": "a", "n": 1} | dict.fromkeys(before) | values])
+    things.load(columns=COLUMNS | before | {"whole": "bigint not null", "name": "varchar(4)"})
     things.sandbox.as_user(
         f"ALTER TABLE {AUDIT} RENAME COLUMN rows_before TO old",
         f"ALTER TABLE {AUDIT} ADD COLUMN rows_before varchar(20)",
