@@ -78,8 +78,8 @@ class ForkServer:
     """The process that forks; it ends with the context, or with the process that entered it."""
 
     def __enter__(self) -> Self:
-        self.socket, theirs = socket.socketpair()
-        self.lock = threading.Lock()
+        # Of this kind, because it keeps requests of several threads apart.
+        self.socket, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
         kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
         with theirs:
             self.process = subprocess.Popen(
@@ -98,18 +98,11 @@ class ForkServer:
         self, command: list[str], cwd: Path | None, environment: dict[str, str], patch: str
     ) -> Forked:
         """Starts a run with the arguments of a command line ``python main.py …``."""
-        request = {
-            "arguments": command[2:],
-            "cwd": str(cwd or Path.cwd()),
-            "env": environment,
-            "patch": patch,
-        }
-        body = json.dumps(request).encode()
+        request = json.dumps([command[2:], str(cwd or Path.cwd()), environment, patch])
         ours, status = socket.socketpair()
         (read_out, out), (read_err, err) = os.pipe(), os.pipe()
-        with self.lock, status:
-            socket.send_fds(self.socket, [INT.pack(len(body))], [status.fileno(), out, err])
-            self.socket.sendall(body)
+        with status:
+            socket.send_fds(self.socket, [request.encode()], [status.fileno(), out, err])
         os.close(out)
         os.close(err)
         return Forked(command, ours, read_out, read_err)
@@ -123,13 +116,12 @@ def serve() -> Any:
     control = socket.socket(fileno=os.dup(0))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends when nobody can ask any more
     while True:
-        length, descriptors, *_ = socket.recv_fds(control, INT.size, 3)
+        request, descriptors, *_ = socket.recv_fds(control, 1 << 20, 3)
         with contextlib.suppress(ChildProcessError):
-            while os.waitpid(-1, 0 if not length else os.WNOHANG)[0]:
+            while os.waitpid(-1, os.WNOHANG if request else 0)[0]:
                 pass
-        if not length:
+        if not request:
             sys.exit()
-        body = control.recv(INT.unpack(length)[0], socket.MSG_WAITALL)
         if os.fork() == 0:
             # Who waits for the program, to tell how it ended.
             control.close()
@@ -141,7 +133,7 @@ def serve() -> Any:
                 for number, descriptor in enumerate([os.open(os.devnull, os.O_RDONLY), *pipes]):
                     os.dup2(descriptor, number)
                     os.close(descriptor)
-                return json.loads(body)
+                return json.loads(request)
             for descriptor in pipes:
                 os.close(descriptor)
             os.write(status, INT.pack(program))
@@ -164,22 +156,22 @@ def run() -> None:
     for service, kind in itertools.product(SERVICES, ("service-2", "endpoint-rule-set-1")):
         models.load_service_model(service, kind)
     code = compile(MAIN.read_bytes(), str(MAIN), "exec")
-    request = serve()
+    arguments, folder, environment, patch = serve()
     sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 - a pipe now
-    os.chdir(request["cwd"])
+    os.chdir(folder)
     os.environ.clear()
-    os.environ.update(request["env"])
+    os.environ.update(environment)
     tempfile.tempdir = None
-    sys.argv = [str(MAIN), *request["arguments"]]
+    sys.argv = [str(MAIN), *arguments]
     sys.path[0] = str(MAIN.parent)
     program = sys.modules["__main__"] = types.ModuleType("__main__")
     program.__file__ = str(MAIN)
-    if request["patch"]:
+    if patch:
         program.__name__ = "main"  # so that it waits to be told to run
         sys.modules["main"] = program
     try:
         exec(code, program.__dict__)
-        exec(request["patch"], program.__dict__)
+        exec(patch, program.__dict__)
         sys.exit(program.main())
     except SystemExit as end:
         leave(int(end.code or 0))

@@ -382,6 +382,16 @@ botocore.retries.standard.ExponentialBackoff.delay_amount = lambda *_: 0
 """
 
 
+@contextlib.contextmanager
+def faulty_aws(
+    sandbox: Sandbox, *faults: Answer | None, method: str = "PUT"
+) -> Iterator[dict[str, str]]:
+    """What leads a run to a FlakyProxy, all of whose faults it must meet."""
+    with FlakyProxy(sandbox.aws, *faults, method=method) as proxy:
+        yield {"AWS_ENDPOINT_URL": proxy.url}
+        assert proxy.faults == []
+
+
 # --- tables and documents ------------------------------------------------------------------------
 
 

@@ -46,13 +46,12 @@ logging.getLogger("werkzeug").setLevel(logging.ERROR)  # moto's line for each re
 
 ROOT = Path(__file__).resolve().parent.parent
 PIPELINE = ROOT / "conf" / "pipeline.yaml"
-SAMPLE = ROOT / "tests" / "data" / "launches.json"
+DATA = ROOT / "tests" / "data"
+SAMPLE, LIBRARY = DATA / "launches.json", DATA / "launch_library.json"
+PLACES = DATA / "places.json"  # rockets and launchpads
 LIBRARY_CONFIG = ROOT / "conf" / "examples" / "launch_library.yaml"
-LIBRARY = ROOT / "tests" / "data" / "launch_library.json"
-LIBRARY_PAGE = 5  # launches
 QUERY_CONFIG = ROOT / "conf" / "examples" / "launches_query.yaml"
-PLACES = ROOT / "tests" / "data" / "places.json"  # rockets and launchpads
-QUERY_PAGE = 12  # launches, at most
+LIBRARY_PAGE, QUERY_PAGE = 5, 12  # launches, at most
 REGION = "eu-west-1"
 # What conf/pipeline.yaml names.
 BUCKET, SECRET = "my-data-bucket", "redshift/spacex"
@@ -63,51 +62,12 @@ WEBHOOK, PING = "T000/B000/Sl4ck-W3bhook", "H3artbeat-P1ng"  # who knows these m
 
 Process = subprocess.Popen[str] | Forked
 
-QUESTIONS = {
-    "The first launches": """
-SELECT flight_number, name, date_utc, success, left(details, 40) AS details
-FROM public.launches
-ORDER BY date_utc
-LIMIT 8""",
-    "Which cores flew most often?": """
-SELECT core, max(flight) AS flights
-FROM public.launch_cores
-WHERE core IS NOT NULL
-GROUP BY core
-ORDER BY flights DESC
-LIMIT 3""",
-    "Which cores flew again within 50 days?": """
-SELECT core, previous, launch_date_utc, launch_date_utc - previous AS after
-FROM (
-  SELECT core, launch_date_utc,
-    lag(launch_date_utc) OVER (PARTITION BY core ORDER BY launch_date_utc) AS previous
-  FROM public.launch_cores
-  WHERE core IS NOT NULL AND NOT launch_upcoming
-) AS flights
-WHERE launch_date_utc - previous < interval '50 days'
-ORDER BY launch_date_utc""",
+# What to ask of the tables that a configuration fills.
+QUESTIONS: dict[Path, dict[str, str]] = {
+    ROOT / path: questions
+    for path, questions in yaml.safe_load((DATA / "questions.yaml").read_bytes()).items()
 }
-LIBRARY_QUESTIONS = {
-    "What has flown, and what comes next?": """
-SELECT net, net_precision_abbrev AS known_to, rocket_configuration_full_name AS rocket,
-  left(mission_name, 24) AS mission, mission_orbit_abbrev AS orbit, status_abbrev AS status
-FROM public.ll2_launches
-ORDER BY net""",
-    "Where from?": """
-SELECT pad_name AS pad, pad_location_name AS location, pad_latitude AS latitude,
-  pad_longitude AS longitude, count(*) AS launches
-FROM public.ll2_launches
-GROUP BY 1, 2, 3, 4
-ORDER BY launches DESC""",
-}
-QUERY_QUESTIONS = {
-    "Which rocket flew from where?": """
-SELECT rocket_name AS rocket, launchpad_full_name AS launchpad, count(*) AS launches,
-  min(date_utc) AS first, max(date_utc) AS last
-FROM public.launches_with_places
-GROUP BY 1, 2
-ORDER BY first"""
-}
+LIBRARY_QUESTIONS = QUESTIONS[LIBRARY_CONFIG]
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -142,11 +102,7 @@ class Source(LocalServer):
     """
 
     def __init__(self, path: str = "/v5/launches", body: bytes = SAMPLE.read_bytes()) -> None:
-        self.body = body
-        self.answers: list[Callable[[BaseHTTPRequestHandler], None]] = []
-        self.requests: list[str] = []
-        self.headers: list[dict[str, str]] = []
-        self.posted: list[bytes] = []
+        self.reset(body)
         source = self
 
         class Serves(Handler):
@@ -169,6 +125,14 @@ class Source(LocalServer):
 
         super().__init__(Serves)
         self.url = self.at(path)
+
+    def reset(self, body: bytes) -> None:
+        """The document; no answers to give, and no requests yet."""
+        self.body = body
+        self.answers: list[Callable[[BaseHTTPRequestHandler], None]] = []
+        self.requests: list[str] = []
+        self.headers: list[dict[str, str]] = []
+        self.posted: list[bytes] = []
 
     def at(self, url: str) -> str:
         """The URL with this server in the place of its own."""
@@ -282,17 +246,15 @@ class Sandbox:
 
     def reset(self) -> None:
         """The sample as source, the secret as it was, no tables, nothing in the bucket."""
-        self.source.body = SAMPLE.read_bytes()
-        for server in (self.source, self.slack, self.heartbeat):
-            server.answers, server.requests, server.headers, server.posted = [], [], [], []
-        self.redshift.hook = None
-        self.redshift.settings = {}
+        self.source.reset(SAMPLE.read_bytes())
+        for channel in (self.slack, self.heartbeat):
+            channel.reset(channel.body)
+        self.redshift.hook, self.redshift.settings = None, {}
         self.redshift.statements.clear()
         self.set_secret()
         self.secrets.put_secret_value(SecretId=SLACK_SECRET, SecretString=self.slack.url)
         self.received()
-        if listed := self.s3.list_objects_v2(Bucket=BUCKET).get("Contents"):
-            keys = [{"Key": item["Key"]} for item in listed]
+        if keys := [{"Key": key} for key in self.staged()]:
             self.s3.delete_objects(Bucket=BUCKET, Delete={"Objects": keys})
         with self.redshift.connect() as connection:
             schema = f'CREATE SCHEMA public AUTHORIZATION "{USER}"'
@@ -306,11 +268,13 @@ class Sandbox:
 
     def objects(self) -> dict[str, bytes]:
         """The objects in the bucket, by their keys."""
+        get = self.s3.get_object
+        return {key: get(Bucket=BUCKET, Key=key)["Body"].read() for key in self.staged()}
+
+    def staged(self, end: str = "") -> list[str]:
+        """The keys in the bucket that end so."""
         listed = self.s3.list_objects_v2(Bucket=BUCKET).get("Contents", [])
-        return {
-            item["Key"]: self.s3.get_object(Bucket=BUCKET, Key=item["Key"])["Body"].read()
-            for item in listed
-        }
+        return [item["Key"] for item in listed if item["Key"].endswith(end)]
 
     def subscribe(self) -> None:
         """Makes the SNS topic, with a queue as its subscriber."""
@@ -409,7 +373,6 @@ class Sandbox:
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            text=True,
             encoding="utf-8",
         )
 
@@ -466,16 +429,14 @@ def main() -> int:
     given = {"--source": options.source, "--config": options.config}
     arguments = [text for option in given.items() if option[1] for text in option]
     config = Path(options.config or PIPELINE).resolve()
-    examples = {LIBRARY_CONFIG: LIBRARY_QUESTIONS, QUERY_CONFIG: QUERY_QUESTIONS}
-    questions = ({PIPELINE: QUESTIONS} | examples).get(config, {})
     with tempfile.TemporaryDirectory(prefix="sandbox-") as folder, Sandbox(Path(folder)) as sandbox:
         print("$ python", MAIN.relative_to(ROOT), *arguments, flush=True)
-        if config in examples and not options.source:
+        if config in QUESTIONS and not options.source:
             arguments += ["--source", sandbox.url_of(config)]
         command = sandbox.command(*arguments)
         status = subprocess.run(command, env=sandbox.child_environment(), check=False).returncode
         if status == 0:
-            show(sandbox, questions)
+            show(sandbox, QUESTIONS.get(config, {}))
         if options.keep:
             keep(sandbox, command)
     return status

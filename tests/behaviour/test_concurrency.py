@@ -12,60 +12,65 @@ from typing import Any
 import psycopg
 import pytest
 
-from helpers import AUDIT, CORES, LAUNCHES, count, loaded, run_id, serve, shipped
+from helpers import (
+    AUDIT,
+    CORES,
+    LAUNCHES,
+    SHIPPED,
+    Records,
+    assert_table,
+    count,
+    loaded,
+    run_id,
+    serve,
+    shipped,
+)
 from helpers import fewer_launches as launches
 from redshift import ISOLATION, SNAPSHOT
 from sandbox import Sandbox
 
 
-def cores(count: int) -> int:
-    """How many cores so many launches have."""
-    return sum(len(launch["cores"]) for launch in launches(count))
+def cores_of(document: Records) -> int:
+    return sum(len(launch["cores"]) for launch in document)
 
 
-def at_once(sandbox: Sandbox, arguments: list[list[str | Path]]) -> list[str]:
-    """The ids of runs with these arguments, all at once, which all succeed."""
-    with ThreadPoolExecutor(len(arguments)) as pool:
-        return [run_id(done) for done in pool.map(lambda each: loaded(sandbox, *each), arguments)]
-
-
-def load_documents_at_once(sandbox: Sandbox, folder: Path) -> dict[str, int]:
-    """Four runs, all at once, with the number of launches that each loads."""
-    counts = [30, 29, 28, 27]
-    sources = [folder / f"{number}.json" for number in counts]
-    for source, number in zip(sources, counts, strict=True):
-        source.write_text(json.dumps(launches(number)))
-    runs = at_once(sandbox, [["--source", source] for source in sources])
-    return dict(zip(runs, counts, strict=True))
+def load_at_once(
+    sandbox: Sandbox, folder: Path, documents: list[Records], *arguments: str | Path
+) -> dict[str, Records]:
+    """Runs, all at once, of which each loads one of the documents; these by the runs' ids."""
+    sources = [folder / f"{number}.json" for number in range(len(documents))]
+    for source, document in zip(sources, documents, strict=True):
+        source.write_text(json.dumps(document))
+    with ThreadPoolExecutor(len(sources)) as pool:
+        done = pool.map(lambda source: loaded(sandbox, *arguments, "--source", source), sources)
+        return dict(zip(map(run_id, done), documents, strict=True))
 
 
 def check_complete(sandbox: Sandbox) -> tuple[int, str]:
     """Checks that the tables are one run's, whole; returns the number of launches and the run."""
-    found = sandbox.query(f"SELECT id, _run_id FROM {LAUNCHES}")
-    expected = {launch["id"]: len(launch["cores"]) for launch in launches(len(found))}
-    assert sorted(row["id"] for row in found) == sorted(expected)
-    elements = sandbox.query(f"SELECT launch_id, position, _run_id FROM {CORES}")
-    assert sorted((row["launch_id"], row["position"]) for row in elements) == sorted(
-        (name, position) for name, cores in expected.items() for position in range(1, cores + 1)
-    )
-    (run,) = {row["_run_id"] for row in [*found, *elements]}
-    return len(found), run
+    rows = count(sandbox, LAUNCHES)
+    for name, table in SHIPPED["tables"].items():
+        assert_table(sandbox, name, table, launches(rows))
+    runs = f"SELECT _run_id FROM {LAUNCHES} UNION SELECT _run_id FROM {CORES}"
+    (run,) = (row["_run_id"] for row in sandbox.query(runs))
+    return rows, run
 
 
-def check_history(sandbox: Sandbox, loaders: dict[str, int]) -> None:
-    """Checks the rows in the audit table of runs with so many launches, in the order of commit.
+def check_history(sandbox: Sandbox, loaders: dict[str, Records]) -> None:
+    """Checks the rows in the audit table of runs with these documents, in the order of commit.
 
     Each found what the one before it left, and the last one's rows are in the tables.
     """
     rows = sandbox.query(f"SELECT * FROM {AUDIT} ORDER BY ctid")  # it only grows
     assert [row["_loaded_at"] for row in rows] == sorted(row["_loaded_at"] for row in rows)
-    for table, rows_of in ((LAUNCHES, int), (CORES, cores)):
+    for table, rows_of in ((LAUNCHES, len), (CORES, cores_of)):
         history = [row for row in rows if row["table_name"] == table]
         left = [row["rows_loaded"] for row in history[:-1]]
         assert [row["rows_before"] for row in history[1:]] == left
         latest = {row["_run_id"]: row["rows_loaded"] for row in history[-len(loaders) :]}
-        assert latest == {run: rows_of(count) for run, count in loaders.items()}
-        assert check_complete(sandbox) == (loaders[rows[-1]["_run_id"]], rows[-1]["_run_id"])
+        assert latest == {run: rows_of(it) for run, it in loaders.items()}
+    last = rows[-1]["_run_id"]
+    assert check_complete(sandbox) == (len(loaders[last]), last)
 
 
 def test_readers_see_whole_states_and_wait_for_nothing(sandbox: Sandbox) -> None:
@@ -86,13 +91,13 @@ def test_readers_see_whole_states_and_wait_for_nothing(sandbox: Sandbox) -> None
             connection.execute("SET statement_timeout = '60s'")
         with early.transaction():
             old = read(early)
-            assert old == [(30, [first]), (cores(30), [first])]
+            assert old == [(30, [first]), (cores_of(launches(30)), [first])]
             sandbox.redshift.hook = lambda *_: seen.append(read(late))  # at each statement
             done = loaded(sandbox)
             sandbox.redshift.hook = None
             assert read(early) == old
         last = run_id(done)
-        new = [(28, [last]), (cores(28), [last])]
+        new = [(28, [last]), (cores_of(launches(28)), [last])]
         assert read(early) == new
     assert [state for state, _ in itertools.groupby(seen)] == [old, new]
     assert "trying again" not in done.stderr  # the readers are in nobody's way
@@ -116,24 +121,17 @@ def locks(sandbox: Sandbox) -> list[str]:
 
 
 @in_either_isolation
-def test_four_loaders_at_once(sandbox: Sandbox, tmp_path: Path) -> None:
-    """There are no tables yet; in the tests below there are."""
-    runs = load_documents_at_once(sandbox, tmp_path)
-    assert count(sandbox, AUDIT) == 2 * 4
-    check_history(sandbox, runs)
+@pytest.mark.parametrize("there_are", ["no tables", "tables that lack columns"])
+def test_four_loaders_at_once(sandbox: Sandbox, tmp_path: Path, there_are: str) -> None:
+    if there_are != "no tables":
+        loaded(sandbox)
+        for name, column in ((LAUNCHES, "rocket"), (CORES, "core"), (AUDIT, "raw")):
+            sandbox.as_user(f"ALTER TABLE {name} DROP COLUMN {column}")
+        sandbox.as_user(f"ALTER TABLE {LAUNCHES} DROP COLUMN details")
+    documents = [launches(number) for number in (30, 29, 28, 27)]
+    check_history(sandbox, load_at_once(sandbox, tmp_path, documents))
+    assert count(sandbox, AUDIT) == 2 * (4 + (there_are != "no tables"))
     assert set(locks(sandbox)) == {'LOCK "public"."etl_runs"'}
-
-
-@in_either_isolation
-def test_new_column_by_four_loaders_at_once(sandbox: Sandbox, tmp_path: Path) -> None:
-    loaded(sandbox)
-    for name, columns in {LAUNCHES: ["details", "rocket"], CORES: ["core"], AUDIT: ["raw"]}.items():
-        sandbox.as_user(*(f"ALTER TABLE {name} DROP COLUMN {column}" for column in columns))
-    check_history(sandbox, load_documents_at_once(sandbox, tmp_path))
-    assert set(locks(sandbox)) == {'LOCK "public"."etl_runs"'}
-    expected = {launch["id"]: (launch["details"], launch["rocket"]) for launch in launches(30)}
-    rows = sandbox.query(f"SELECT id, details, rocket FROM {LAUNCHES}")
-    assert all(expected[row["id"]] == (row["details"], row["rocket"]) for row in rows)
 
 
 @in_either_isolation
@@ -143,20 +141,14 @@ def test_upserts_at_once(sandbox: Sandbox, tmp_path: Path) -> None:
     config = shipped(tmp_path, dict.fromkeys(modes, "upsert"))
     loaded(sandbox, *config)
     slices = [launches(30)[start : start + 12] for start in (0, 6, 12, 18)]
-    arguments: list[list[str | Path]] = []
-    for number, document in enumerate(slices):
-        source = tmp_path / f"slice{number}.json"
-        source.write_text(json.dumps(document))
-        arguments.append([*config, "--source", source])
-    writers = dict(zip(at_once(sandbox, arguments), slices, strict=True))
-    rows = sandbox.query(f"SELECT id, _run_id FROM {LAUNCHES}")
-    assert sorted(row["id"] for row in rows) == sorted(launch["id"] for launch in launches(30))
+    writers = load_at_once(sandbox, tmp_path, slices, *config)
+    for name, table in SHIPPED["tables"].items():
+        assert_table(sandbox, name, table, launches(30))
     last_of = {
         launch["id"]: row["_run_id"]
         for row in sandbox.query(f"SELECT _run_id FROM {AUDIT} ORDER BY ctid")
         for launch in writers.get(row["_run_id"], [])
     }
-    assert {row["id"]: row["_run_id"] for row in rows if row["id"] in last_of} == last_of
-    elements = sandbox.query(f"SELECT launch_id, _run_id FROM {CORES}")
-    assert len(elements) == cores(30)
-    assert all(last_of.get(row["launch_id"], row["_run_id"]) == row["_run_id"] for row in elements)
+    for name, id_ in ((LAUNCHES, "id"), (CORES, "launch_id")):
+        for row in sandbox.query(f"SELECT {id_}, _run_id FROM {name}"):
+            assert row["_run_id"] == last_of.get(row[id_], row["_run_id"])

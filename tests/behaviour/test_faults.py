@@ -25,7 +25,6 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any, Self
 
-import psycopg
 import pytest
 
 from helpers import (
@@ -33,11 +32,16 @@ from helpers import (
     CORES,
     IMPATIENT,
     LAUNCHES,
+    SHIPPED,
     Answer,
     Done,
     FlakyProxy,
     Records,
+    Things,
+    assert_table,
+    faulty_aws,
     launches,
+    loaded,
     messages,
     refusing,
     relay,
@@ -45,7 +49,7 @@ from helpers import (
     shipped_with,
 )
 from helpers import LOAD_TRIES as TRIES
-from redshift import DropConnection
+from redshift import DropConnection, RedshiftError
 from sandbox import BUCKET, NO_PAUSES, SAMPLE, SECRET, USER, Process, Sandbox, answer
 
 ROWS = {LAUNCHES: 30, CORES: 38}  # of the sample
@@ -60,15 +64,16 @@ Point = tuple[str, int]  # "before" or "after", and the statement's index on its
 
 
 class World:
-    """The sandbox, with the rows of an earlier run in the tables."""
+    """The sandbox, with the rows of an earlier run, whose source had a launch less.
 
-    def __init__(self, sandbox: Sandbox, folder: Path) -> None:
-        self.sandbox, self.folder = sandbox, folder
+    ``statements`` are those of a run into existing tables.
+    """
+
+    def __init__(self, sandbox: Sandbox, folder: Path, statements: list[str]) -> None:
+        self.sandbox, self.folder, self.statements = sandbox, folder, statements
+        self.last = len(statements) - 1
         self.temporary = folder / "tmp"
         self.temporary.mkdir()
-        # What a run into existing tables leaves in them, and the statements that it runs.
-        self.content: Tables = {}
-        self.statements: list[str] = []
 
     def tables(self) -> Tables:
         """All rows of the three tables; a table that does not exist is as good as an empty one."""
@@ -119,7 +124,8 @@ class World:
         """The sample is in both tables with one new run id, which the audit table has once each."""
         (run_id,) = {row["_run_id"] for name in ROWS for row in now[name]}
         assert run_id not in {row["_run_id"] for rows in self.before.values() for row in rows}
-        assert without_meta(now) == self.content
+        for name in ROWS:
+            assert_table(self.sandbox, name, SHIPPED["tables"][name], launches())
         added = [row for row in now[AUDIT] if row not in self.before[AUDIT]]
         assert len(now[AUDIT]) == len(self.before[AUDIT]) + len(added)
         rows = sorted((row["table_name"], row["_run_id"], row["rows_loaded"]) for row in added)
@@ -140,58 +146,38 @@ class World:
         self.check(self.run(), "new")
 
 
-def without_meta(tables: Tables) -> Tables:
-    """The rows of the sample's tables, without what differs from run to run."""
-    return {
-        name: [{column: row[column] for column in row if column[0] != "_"} for row in tables[name]]
-        for name in ROWS
-    }
-
-
-@pytest.fixture(scope="module")
-def measured(running_sandbox: Sandbox, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    """Loads all but one launch, keeps a copy of these tables, and measures a second, whole run."""
-    running_sandbox.reset()
-    world = World(running_sandbox, tmp_path_factory.mktemp("measured"))
-    serve(running_sandbox, launches()[:-1])
-    assert world.run().returncode == 0
-    with running_sandbox.redshift.connect() as connection:
-        connection.execute("CREATE SCHEMA earlier")
-        copy_tables(connection, "public", "earlier")
-    running_sandbox.source.body = SAMPLE.read_bytes()
-    running_sandbox.redshift.statements.clear()
-    done = world.run()
-    assert done.returncode == 0, done.stderr
-    now = world.tables()
-    assert {name: len(now[name]) for name in ROWS} == ROWS
-    world.content, world.statements = without_meta(now), [*running_sandbox.redshift.statements]
-    assert world.statements[-1] == "COMMIT"
-    yield world
-    with running_sandbox.redshift.connect() as connection:
-        connection.execute("DROP SCHEMA earlier CASCADE")
-
-
-def copy_tables(connection: psycopg.Connection[Any], schema: str, to: str) -> None:
+def copy_tables(sandbox: Sandbox, schema: str, to: str) -> None:
     for name in (LAUNCHES, CORES, AUDIT):
         old, new = (name.replace("public", it) for it in (schema, to))
         sql = f"CREATE TABLE {new} (LIKE {old} INCLUDING ALL); INSERT INTO {new} TABLE {old};"
-        connection.execute(f"{sql} ALTER TABLE {new} OWNER TO {USER}".encode())
+        change(sandbox, f"{sql} ALTER TABLE {new} OWNER TO {USER}")
+
+
+def change(sandbox: Sandbox, sql: str) -> None:
+    """Runs statements as the database's superuser."""
+    with sandbox.redshift.connect() as connection:
+        connection.execute(sql.encode())
+
+
+@pytest.fixture(scope="module")
+def statements(running_sandbox: Sandbox) -> Iterator[list[str]]:
+    """The statements of a second run; a copy of what the first left is kept meanwhile."""
+    running_sandbox.reset()
+    serve(running_sandbox, launches()[:-1])
+    loaded(running_sandbox)
+    change(running_sandbox, "CREATE SCHEMA earlier")
+    copy_tables(running_sandbox, "public", "earlier")
+    serve(running_sandbox, launches())
+    running_sandbox.redshift.statements.clear()
+    loaded(running_sandbox)
+    yield [*running_sandbox.redshift.statements]
+    change(running_sandbox, "DROP SCHEMA earlier CASCADE")
 
 
 @pytest.fixture
-def empty_world(measured: World, sandbox: Sandbox, tmp_path: Path) -> World:
-    """The world before the first run: no tables."""
-    world = World(sandbox, tmp_path)
-    world.content, world.statements = measured.content, measured.statements
-    return world
-
-
-@pytest.fixture
-def world(empty_world: World) -> World:
-    """The world after an earlier run, whose source had a launch less."""
-    with empty_world.sandbox.redshift.connect() as connection:
-        copy_tables(connection, "earlier", "public")
-    return empty_world
+def world(statements: list[str], sandbox: Sandbox, tmp_path: Path) -> World:
+    copy_tables(sandbox, "earlier", "public")
+    return World(sandbox, tmp_path, statements)
 
 
 # --- AWS -----------------------------------------------------------------------------------------
@@ -206,6 +192,7 @@ def reset_upload(handler: Any) -> None:
 
 
 SLOW_DOWN, INTERNAL_ERROR = refusing(503, "SlowDown"), refusing(500, "InternalError")
+DENIED = refusing(403, "AccessDenied")
 
 
 @pytest.mark.parametrize(
@@ -218,24 +205,31 @@ SLOW_DOWN, INTERNAL_ERROR = refusing(503, "SlowDown"), refusing(500, "InternalEr
 )
 def test_s3_fails(world: World, fault: Answer, says: str) -> None:
     """All of ten tries, and then nine, of which one fails in another way."""
-    with FlakyProxy(world.sandbox.aws, *[fault] * 10) as proxy:
-        done = world.run(AWS_ENDPOINT_URL=proxy.url, patch=IMPATIENT)
-        assert proxy.faults == []
-        world.check(done, "old", AWAY, rf"cannot write s3://{BUCKET}/spacex/\S+ as arn:aws:", says)
-        proxy.faults = [*[fault] * 8, INTERNAL_ERROR]
-        world.check(world.run(AWS_ENDPOINT_URL=proxy.url, patch=IMPATIENT), "new")
-        assert proxy.faults == []
+    with faulty_aws(world.sandbox, *[fault] * 10) as aws:
+        done = world.run(patch=IMPATIENT, **aws)
+    world.check(done, "old", AWAY, rf"cannot write s3://{BUCKET}/spacex/\S+ as arn:aws:", says)
+    with faulty_aws(world.sandbox, *[fault] * 8, INTERNAL_ERROR) as aws:
+        world.check(world.run(patch=IMPATIENT, **aws), "new")
 
 
 @pytest.mark.parametrize("allowed", [0, 1, 2, 4], ids=["part", "second table", "raw", "manifest"])
 def test_s3_denies(world: World, allowed: int) -> None:
-    with FlakyProxy(world.sandbox.aws, *[None] * allowed, refusing(403, "AccessDenied")) as proxy:
-        done = world.run(AWS_ENDPOINT_URL=proxy.url)
+    with faulty_aws(world.sandbox, *[None] * allowed, DENIED) as aws:
+        done = world.run(**aws)
     identity = "arn:aws:sts::123456789012:user/moto"
     url = rf"s3://{BUCKET}/spacex/\S+"
     says = rf"^stage: cannot write {url} as {identity}: .*\(AccessDenied\) .* PutObject operation"
     world.check(done, "old", 1, says)
     assert len(world.sandbox.objects()) >= allowed
+
+
+def test_who_it_is_for_a_message_is_asked_once(world: World) -> None:
+    with FlakyProxy(world.sandbox.aws, DENIED) as denied:
+        identity = refusing(503, "ServiceUnavailable")
+        with FlakyProxy(denied.url, None, *[identity] * 3, method="POST") as aws:
+            done = world.run(AWS_ENDPOINT_URL=aws.url)
+            assert len(aws.faults) == 2
+    world.check(done, "old", 1, r"cannot write s3://\S+: .*AccessDenied")
 
 
 @pytest.mark.parametrize("gone", ["launch_cores.0001.csv.gz", "launches/.*manifest.json"])
@@ -250,9 +244,20 @@ def test_staged_file_vanishes(world: World, gone: str) -> None:
 
 
 def test_secrets_manager_recovers(world: World) -> None:
-    with FlakyProxy(world.sandbox.aws, *[INTERNAL_ERROR] * 2, method="POST") as aws:
-        world.check(world.run(AWS_ENDPOINT_URL=aws.url), "new")
-        assert aws.faults == []
+    with faulty_aws(world.sandbox, *[INTERNAL_ERROR] * 2, method="POST") as aws:
+        world.check(world.run(**aws), "new")
+
+
+def test_a_password_that_is_rotated_meanwhile(world: World) -> None:
+    """The secret is read, then changed; so the login is refused, and the secret read once more."""
+    world.sandbox.set_secret(PASSWORD="0ld-Passw0rd")
+
+    def rotate(handler: Any) -> None:
+        handler.forward()
+        world.sandbox.set_secret()
+
+    with faulty_aws(world.sandbox, rotate, method="POST") as aws:
+        world.check(world.run(**aws), "new")
 
 
 # --- the connection to Redshift ------------------------------------------------------------------
@@ -303,22 +308,30 @@ def test_redshift_comes_late(world: World) -> None:
             handler.forward()  # the secret; it was read for the first login, too
             threading.Timer(0.8, port.open).start()
 
-        with FlakyProxy(world.sandbox.aws, None, open_soon, method="POST") as aws:
+        with faulty_aws(world.sandbox, None, open_soon, method="POST") as aws:
             arguments = shipped_with(world.folder, redshift={"connect_seconds": 20})
-            done = world.run(*arguments, patch="", AWS_ENDPOINT_URL=aws.url)
+            done = world.run(*arguments, patch="", **aws)
     warnings = world.check(done, "new")
     assert warnings
     assert all("Connection refused, trying again in" in text for text in warnings)
 
 
 AT = "cannot connect to Redshift at {HOST}:{PORT}, database {DATABASE}: "
+AWAY_FROM: dict[str, tuple[dict[str, Any], str]] = {
+    "no address": ({"HOST": "nowhere.invalid"}, "not known|resolution"),
+    "paused": ({"PORT": 1}, "Connection refused"),
+}
 
 
-def test_redshift_has_no_address(world: World) -> None:
-    world.sandbox.set_secret(HOST="nowhere.invalid")
+@pytest.mark.parametrize("case", AWAY_FROM)
+def test_redshift_is_away(world: World, case: str) -> None:
+    """That does not stop the download."""
+    changes, reason = AWAY_FROM[case]
+    world.sandbox.set_secret(**changes)
     done = world.run(*shipped_with(world.folder, redshift={"connect_seconds": 0}))
-    where = AT.format_map(world.sandbox.secret() | {"HOST": "nowhere.invalid"})
-    assert world.check(done, "old", AWAY, f"load: {where}", "not known|resolution") == []
+    where = AT.format_map(world.sandbox.secret() | changes)
+    assert world.check(done, "old", AWAY, f"load: {where}", reason) == []
+    assert len(world.sandbox.source.requests) == 1
 
 
 # Bytes from the server: 1 is its yes to TLS, some 840 the handshake, 1,400 and more the log-in,
@@ -409,9 +422,8 @@ def drop() -> None:
 
 def test_connection_drops_at_each_statement(world: World) -> None:
     """At three statements a run, one each try, before one and after the other."""
-    last = len(world.statements) - 1
-    points = [(("before", "after")[n % 2], n) for n in range(last + 1)]
-    for start in range(0, last + 1, TRIES - 1):
+    points = [(("before", "after")[n % 2], n) for n in range(len(world.statements))]
+    for start in range(0, len(points), TRIES - 1):
         group = points[start : start + TRIES - 1]
         drops = Interruptions(world, group, drop)
         warnings = world.check(world.run(), "new")
@@ -419,25 +431,23 @@ def test_connection_drops_at_each_statement(world: World) -> None:
         assert drops.connections == len(group) + 1
         assert len(warnings) == len(group)
         for point, seen in zip(group, drops.seen, strict=True):
-            assert (seen == world.before) == (point != ("after", last))
+            assert (seen == world.before) == (point != ("after", world.last))
 
 
 def test_commit_loses_its_answer(world: World) -> None:
     """The run is in the tables already: it is recognised, and not loaded again."""
-    statements: list[str] = []
-
-    def drop_commit(when: str, sql: str) -> None:
-        statements.append(f"{when} {sql}")
-        if statements.count("after COMMIT") == 1 and sql == "COMMIT":
-            drop()
-
-    world.sandbox.redshift.hook = drop_commit
+    Interruptions(world, [("after", world.last)], drop)
     done = world.run()
     assert len(world.check(done, "new")) == 1
     assert "only the answer to its commit was lost" in done.stderr
     assert " run: done: public.launches 30 rows, public.launch_cores 38 rows, " in done.stderr
-    ran = Counter(sql.split()[1] for sql in statements if sql.startswith("after"))
+    ran = Counter(sql.split()[0] for sql in world.sandbox.redshift.statements)
     assert (ran["COPY"], ran["DELETE"], ran["COMMIT"]) == (4, 2, 1)
+
+
+def test_commit_loses_its_answer_in_the_last_try(world: World) -> None:
+    Interruptions(world, [("before", world.last)] * (TRIES - 1) + [("after", world.last)], drop)
+    world.check(world.run(), "new")
 
 
 @pytest.mark.parametrize("index", [0, 13, -1])
@@ -447,47 +457,39 @@ def test_connection_drops_every_time(world: World, index: int) -> None:
     done = world.run()
     statement = re.escape(world.statements[index][:12])
     says = f"^load: {statement}.*: .*(BrokenPipe|closed|EOF|reset)"
-    assert len(world.check(done, "old", AWAY, says)) == TRIES - 1
+    warnings = world.check(done, "old", AWAY, says)
+    pauses = [float(text.rpartition("trying again in ")[2].removesuffix(" s")) for text in warnings]
+    assert [2**n <= pause <= 2 ** (n + 1) for n, pause in enumerate(pauses)] == [True] * (TRIES - 1)
     assert drops.connections == TRIES + 1  # the last looks whether a commit's answer was lost
     world.works()
 
 
-def test_commit_loses_its_answer_in_the_last_try(world: World) -> None:
-    last = len(world.statements) - 1
-    Interruptions(world, [("before", last)] * (TRIES - 1) + [("after", last)], drop)
-    world.check(world.run(), "new")
+DROPPED = f"DROP TABLE {LAUNCHES}, {CORES}, {AUDIT}"
+# What the tables lack, and where the connection drops while that is mended.
+LACKING: list[tuple[str, list[Point]]] = [
+    (DROPPED, [("before", 4)]),
+    # A table that was made is not made again, so that the next one's statement is the fifth.
+    (DROPPED, [("after", 4)] * 3),
+    (DROPPED, [("before", 6), ("after", 4)]),
+    (f"ALTER TABLE {LAUNCHES} DROP details, DROP crew", [("before", 4), *[("after", 4)] * 2]),
+    (f"ALTER TABLE {CORES} DROP landpad, ADD landpad varchar(8)", [("before", 4), ("after", 4)]),
+]
 
 
-def interrupted(world: World, *points: Point) -> list[str]:
-    """The statements at which the connection dropped in a run, which succeeds all the same."""
+def test_connection_drops_while_tables_are_prepared(world: World) -> None:
     dropped: list[str] = []
 
     def note_and_drop() -> None:
         dropped.append(world.sandbox.redshift.statements[-1])
         drop()
 
-    Interruptions(world, [*points], note_and_drop)
-    world.check(world.run(), "new")
-    assert len(dropped) == len(points)
-    return dropped
-
-
-def test_connection_drops_while_tables_are_made(empty_world: World) -> None:
-    # A table that was made is not made again, so that the next one's statement is the fifth.
-    for points in ([("before", 4)], [("after", 4)] * 3, [("before", 6), ("after", 4)]):
-        dropped = interrupted(empty_world, *points)
-        assert all(sql.startswith("CREATE TABLE") for sql in dropped)
-        empty_world.sandbox.reset()
-
-
-def test_connection_drops_while_tables_are_altered(world: World) -> None:
-    for changes, *points in (
-        (f"{LAUNCHES} DROP details, DROP crew", ("before", 4), ("after", 4), ("after", 4)),
-        (f"{CORES} DROP landpad, ADD landpad varchar(8)", ("before", 4), ("after", 4)),
-    ):
-        with world.sandbox.redshift.connect() as connection:
-            connection.execute(f"ALTER TABLE {changes}".encode())
-        assert all(sql.startswith("ALTER TABLE") for sql in interrupted(world, *points))
+    for sql, points in LACKING:
+        change(world.sandbox, sql)
+        Interruptions(world, points, note_and_drop)
+        world.check(world.run(), "new")
+        kind = "CREATE TABLE" if sql == DROPPED else "ALTER TABLE"
+        assert [text[: len(kind)] for text in dropped] == [kind] * len(points)
+        dropped.clear()
 
 
 def test_server_ends_the_session(world: World) -> None:
@@ -514,13 +516,74 @@ def test_serializable_isolation_violation(world: World, statements: str) -> None
     def write(when: str, sql: str) -> None:
         if (when, sql[:6]) == ("before", "DELETE") and not written:
             written.append(sql)
-            with world.sandbox.redshift.connect() as connection:
-                begin = "BEGIN ISOLATION LEVEL SERIALIZABLE"
-                connection.execute(f"{begin}; {statements}; COMMIT".encode())
+            change(world.sandbox, f"BEGIN ISOLATION LEVEL SERIALIZABLE; {statements}; COMMIT")
 
     world.sandbox.redshift.hook = write
     (warning,) = world.check(world.run(), "new")
     assert re.search("1023. Serializable isolation violation on table .* trying again", warning)
+
+
+SLOW = "reduce your request rate.,Status 503,Error SlowDown,CanRetry 1"
+BROKEN = "We encountered an internal error. Please try again.,Status 500,Error InternalError,Rid A1"
+ACCESS_DENIED = "S3ServiceException:Access Denied,Status 403,Error AccessDenied,Rid A1,CanRetry 1"
+Refusal = tuple[str, str, str]  # a statement, and the code and message with which it is refused
+TRANSIENT: list[list[Refusal]] = [
+    [
+        ("DELETE", "40P01", "deadlock detected"),
+        ("INSERT", "XX000", "could not complete because of conflict with concurrent transaction"),
+        ("SELECT column_name", "XX000", "could not open relation with OID 123456"),
+    ],
+    [
+        ("COPY", "XX000", f"S3ServiceException:Please {SLOW}"),
+        ("COPY", "XX000", f"Problem reading manifest file - S3ServiceException:{BROKEN}"),
+    ],
+]
+
+
+def refuse(world: World, *refusals: Refusal) -> list[Refusal]:
+    """Has statements refused, one after the other; returns what will still be refused."""
+    left = list(refusals)
+
+    def hook(when: str, sql: str) -> None:
+        if when == "before" and left and sql.startswith(left[0][0]):
+            raise RedshiftError(*left.pop(0)[1:])
+
+    world.sandbox.redshift.hook = hook
+    return left
+
+
+@pytest.mark.parametrize("refusals", TRANSIENT, ids=["by the database", "by S3"])
+def test_what_is_transient_is_tried_again(world: World, refusals: list[Refusal]) -> None:
+    left = refuse(world, *refusals)
+    warnings = world.check(world.run(), "new")
+    assert left == []
+    for warning, (_, _, message) in zip(warnings, refusals, strict=True):
+        assert re.search(rf"{re.escape(message)}.*trying again in [\d.]+ s$", warning)
+
+
+def test_access_denied_in_copy_is_not_tried_again(world: World) -> None:
+    left = refuse(world, *[("COPY", "XX000", ACCESS_DENIED)] * 9)
+    assert world.check(world.run(), "old", 1, ACCESS_DENIED) == []
+    assert len(left) == 8
+
+
+def test_a_warehouse_that_freezes(things: Things) -> None:
+    """With its connection open, in the first COPY; the next try finds it well."""
+    frozen, over = list[str](), threading.Event()
+
+    def freeze(when: str, sql: str) -> None:
+        if (when, sql[:4]) == ("before", "COPY") and not frozen:
+            frozen.append(sql)
+            over.wait(60)
+
+    things.sandbox.redshift.hook = freeze
+    short = {"patch": f"{NO_PAUSES}; ANSWER_MARGIN = 1"}
+    try:
+        (warning,) = things.load(("a", 1), redshift={"statement_seconds": 1}, options=short)
+    finally:
+        over.set()
+    assert re.search("COPY .*timed out, trying again", warning)
+    assert things.rows() == [("a", 1)]
 
 
 # --- signals -------------------------------------------------------------------------------------
@@ -565,8 +628,8 @@ def test_signal_at_any_moment(world: World, number: int, phase: str) -> None:
             sandbox.set_secret(PORT=port.port)
         sandbox.redshift.hook = copies
         faults = [uploads] * (phase in ("stage", "upload"))
-        aws = stack.enter_context(FlakyProxy(sandbox.aws, *faults)).url
-        process = world.start(patch="", plainly=phase == "start", AWS_ENDPOINT_URL=aws)
+        aws = stack.enter_context(faulty_aws(sandbox, *faults))
+        process = world.start(patch="", plainly=phase == "start", **aws)
         assert phase == "start" or reached.wait(60)
         time.sleep(random.Random(f"{phase} {number}").uniform(0, 0.2))
         process.send_signal(number)
@@ -612,48 +675,68 @@ def test_signal_at_each_kind_of_statement(world: World, number: int, statement: 
     assert ended == [done.returncode]
 
 
-SIGNALLED_WHEN_DONE = """
-def rmtree(*arguments, remove=shutil.rmtree, **options):
-    Path({!r}).touch()
-    os.kill(os.getpid(), signal.SIGTERM)
-    remove(*arguments, **options)
-shutil.rmtree = rmtree
+# The program signals itself in a call from a module.
+SIGNALLED = """
+import platform
+def signalled(*arguments, call={call}, **options):
+    if {module!r} in sys._getframe(1).f_globals.get("__name__", ""):
+        Path({mark!r}).touch()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.5)
+    return call(*arguments, **options)
+{call} = signalled
 """
 
 
-def test_signal_while_the_temporary_folder_is_removed(world: World) -> None:
-    """All is done by then but this, which is done as well."""
-    signalled = world.folder / "signalled"
-    world.check(world.run(patch=SIGNALLED_WHEN_DONE.format(str(signalled))), "new")
-    assert signalled.exists()
+@pytest.mark.parametrize("call", ["platform.platform", "shutil.rmtree"])
+def test_signal_that_nobody_hears(world: World, call: str) -> None:
+    """The driver swallows under a bare except what the handler raises; or all else is done."""
+    is_swallowed, mark = call == "platform.platform", world.folder / "signalled"
+    module = "redshift_connector" if is_swallowed else "main"
+    done = world.run(patch=SIGNALLED.format(call=call, module=module, mark=str(mark)))
+    stopped = "old", 128 + signal.SIGTERM, ": stopped by SIGTERM$"
+    world.check(done, *(stopped if is_swallowed else ("new",)))
+    assert mark.exists()
+
+
+# What is cached when signals begin to be handled.
+PLATFORM_WHEN_HANDLED = """
+import platform, signal, sys
+
+def handle(number, handler, handle=signal.signal):
+    if number == signal.SIGTERM and callable(handler):
+        print("platform is", "" if platform._platform_cache else "not", "cached", file=sys.stderr)
+    return handle(number, handler)
+
+signal.signal = handle
+"""
+
+
+def test_the_driver_finds_the_platform_cached(world: World) -> None:
+    (world.folder / "sitecustomize.py").write_text(PLATFORM_WHEN_HANDLED)
+    done = world.run(plainly=True, PYTHONPATH=str(world.folder))
+    assert re.findall("platform is (.*)", done.stderr)[0] == " cached"
 
 
 # --- the disk ------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def tiny_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+@contextlib.contextmanager
+def tiny_disk(folder: Path, kilobytes: int) -> Iterator[None]:
     """Mounts a file system of some kB, where the machine allows it."""
-    with contextlib.ExitStack() as at_end:
-
-        def mount(kilobytes: int) -> Path:
-            folder = tmp_path / f"disk{kilobytes}"
-            folder.mkdir()
-            command = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder)]
-            if subprocess.run(command, capture_output=True, check=False).returncode:
-                pytest.skip("this machine does not let the tests mount a file system")
-            at_end.callback(lambda: subprocess.run(["umount", folder], check=True))
-            return folder
-
-        yield mount
+    command = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder)]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("this machine does not let the tests mount a file system")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", folder], check=True)
 
 
 @pytest.mark.parametrize(
     ("kilobytes", "step"), [(96, "extract"), (104, "transform"), (124, "(transform|stage)")]
 )
-def test_disk_is_full(
-    world: World, tiny_disk: Callable[[int], Path], kilobytes: int, step: str
-) -> None:
+def test_disk_is_full(world: World, kilobytes: int, step: str) -> None:
     """The response has 99 kB, the CSV files of the two tables some 12 kB.
 
     They may be gone when the response, much of which no table loads, is gzipped to 37 kB.
@@ -661,9 +744,9 @@ def test_disk_is_full(
     first, *others = launches()
     noise = {"noise": random.Random(1).randbytes(20_000).hex()}
     serve(world.sandbox, [first | noise, *others])
-    world.temporary = tiny_disk(kilobytes)
     full = f"^{step}: .*No space left on device.* in {re.escape(str(world.temporary))}$"
-    world.check(world.run(), "old", 1, full)
+    with tiny_disk(world.temporary, kilobytes):
+        world.check(world.run(), "old", 1, full)
 
 
 def test_no_folder_can_be_written(world: World) -> None:

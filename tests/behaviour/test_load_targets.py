@@ -1,15 +1,18 @@
-"""Targets, secrets and rights as real clusters have them."""
+"""Targets, secrets, rights and buckets as real clusters have them; one small table."""
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import re
+from http.server import BaseHTTPRequestHandler
+from typing import Any
 
 import pytest
 
-from helpers import COLUMNS, TABLE, Things, serve
-from sandbox import DATABASE, PASSWORD, USER
+from helpers import AUDIT, COLUMNS, TABLE, Things, count, faulty_aws, serve
+from sandbox import BUCKET, DATABASE, PASSWORD, USER, answer
 
 IN_THE_WAY = {
     "view": (
@@ -33,6 +36,108 @@ def test_a_text_that_cannot_be_widened(things: Things, case: str) -> None:
     things.sandbox.as_user(fix)
     things.load(("b", 2), columns=columns)
     assert things.rows() == [("b", 2)]
+
+
+def test_missing_columns_are_added_and_narrower_texts_widened(things: Things) -> None:
+    columns = {"id": "varchar(8) not null", "name": "varchar(4) not null", "wide": "varchar(1000)"}
+    record = {"id": "a", "name": "abcd", "wide": "w"}
+    serve(things.sandbox, [record])
+    things.load(columns=columns)
+    more = {"n": "integer", "ships.of it": "super", "name": "varchar(8) not null"}
+    serve(things.sandbox, [record | {"name": "ü" * 4, "n": 1, "ships": {"of it": [1]}}])
+    for changes in (
+        [
+            # The stand-in, as Redshift, refuses this inside a transaction.
+            'ALTER TABLE "public"."things" ALTER COLUMN "name" TYPE varchar(8)',
+            'ALTER TABLE "public"."things" ADD COLUMN "n" integer',
+            'ALTER TABLE "public"."things" ADD COLUMN "ships_of_it" super',
+        ],
+        [],
+    ):
+        warnings = things.load(columns=columns | {"wide": "varchar(20)"} | more)
+        assert warnings == [f"load: {change}" for change in changes]
+        assert things.rows("id, name, wide, n, ships_of_it::text") == [("a", "üüüü", "w", 1, "[1]")]
+    (wide,) = things.sandbox.query("""SELECT character_maximum_length AS length
+        FROM information_schema.columns WHERE column_name = 'wide'""")
+    assert wide["length"] == 1000
+
+
+# The type of a column in the table, and that in the configuration.
+DIFFERENT = {
+    "text": ("varchar(20)", "integer"),
+    "whole": ("bigint", "integer"),
+    "json": ("varchar(65535)", "super"),
+    "flag": ("smallint", "boolean"),
+    "lacking": ("missing", "boolean not null"),
+}
+
+
+def test_what_differs_stops_the_run_and_the_statement_helps(things: Things) -> None:
+    """All faults are in one message; nothing is altered before there are none."""
+    fault = "{}: the column {} is {} in the table and {} in the configuration"
+    faults = [fault.format(TABLE, name, *kinds) for name, kinds in DIFFERENT.items()]
+    faults = [text.replace("not null", "NOT NULL") for text in faults]
+    faults.append(fault.format(AUDIT, "rows_before", "varchar(20)", "bigint"))
+    before = {name: kind for name, (kind, _) in DIFFERENT.items() if kind != "missing"}
+    now = {name: kind for name, (_, kind) in DIFFERENT.items()}
+    now |= {"name": "varchar(9)", "added": "super"}  # which would be altered
+    values = {"whole": 5, "lacking": True, "name": "abcd", "added": [1]}
+    serve(things.sandbox, [{"id": "a", "n": 1} | dict.fromkeys(before) | values])
+    things.load(columns=COLUMNS | before | {"whole": "bigint not null", "name": "varchar(4)"})
+    things.sandbox.as_user(
+        f"ALTER TABLE {AUDIT} RENAME COLUMN rows_before TO old",
+        f"ALTER TABLE {AUDIT} ADD COLUMN rows_before varchar(20)",
+    )
+    statements = things.sandbox.redshift.statements
+    statements.clear()
+    error = things.refused(columns=COLUMNS | now)
+    writing = ("ALTER", "CREATE", "COPY", "DELETE", "INSERT")
+    assert not [sql for sql in statements if sql.startswith(writing)]
+    assert [fault for fault in faults if fault not in error] == []
+    fixes = re.findall(r"ALTER TABLE .*", error)
+    assert len(fixes) == len(faults)
+    things.sandbox.as_user(*set(fixes))
+    things.load(columns=COLUMNS | now)
+    assert things.rows("id, n, name, added::text") == [("a", 1, "abcd", "[1]")]
+    assert count(things.sandbox, f"{TABLE}_old") == 1
+
+
+# Types; the names by which a table may have been made with them; a value.
+SPELLED: dict[str, tuple[str, Any]] = {
+    "varchar(256)": ("nvarchar(256)", "name"),
+    "smallint": ("int2", 7),
+    "integer": ("int4", 8),
+    "bigint": ("int8", 9),
+    "boolean": ("bool", True),
+    "decimal(10,2)": ("numeric(10, 2)", 1.25),
+    "double precision": ("float8", 1.5),
+    "real": ("float4", 2.5),
+    "date": ("date", "2006-03-24"),
+    "timestamp": ("timestamp without time zone", "2006-03-24 22:30:00"),
+    "timestamptz": ("timestamp with time zone", "2006-03-24T22:30:00Z"),
+    "super": ("super", "text"),
+}
+
+
+@pytest.mark.parametrize("meta", ["", ", _run_id varchar(8)"])
+def test_table_made_by_hand(things: Things, meta: str) -> None:
+    """With other names for the types, another order of the columns, and a row in it."""
+    names = [f"c{number}" for number in range(len(SPELLED))]
+    spelled, values = zip(*SPELLED.values(), strict=True)
+    made = [*map(" ".join, zip(names, spelled, strict=True))]
+    things.sandbox.as_user(
+        f"CREATE TABLE {TABLE} ({', '.join(reversed(made))}, "
+        f'"ID" character varying(8) NOT NULL PRIMARY KEY{meta}) DISTSTYLE ALL',
+        f"INSERT INTO {TABLE} (id) VALUES ('by hand')",
+    )
+    serve(things.sandbox, [{"id": "a"} | dict(zip(names, values, strict=True))])
+    columns = {"id": "varchar(8) not null"} | dict(zip(names, SPELLED, strict=True))
+    run_id, loaded_at = things.load(columns=columns)
+    assert re.search('"_run_id" (TYPE )?varchar.64.$', run_id)
+    assert loaded_at.endswith('ADD COLUMN "_loaded_at" timestamptz')
+    (row,) = things.sandbox.query(f"SELECT * FROM {TABLE}")
+    assert (row["id"], str(row["c5"]), row["_loaded_at"] is None) == ("a", "1.25", False)
+    assert [row["_run_id"]] == [it["_run_id"] for it in things.sandbox.query(f"TABLE {AUDIT}")]
 
 
 @pytest.mark.parametrize("case", ["user and password", "cluster identifier"])
@@ -94,10 +199,10 @@ def test_metadata_that_is_closed(things: Things) -> None:
     """No columns are seen: that is no proof that there is no table."""
     things.sandbox.redshift.settings = {"sandbox.svv_columns": "closed"}
     things.load(("a", 1), redshift={"audit_table": "public.first"})
-    start = len(things.sandbox.redshift.statements)
+    statements = things.sandbox.redshift.statements
+    statements.clear()
     error = things.refused(("a", 2), redshift={"audit_table": "public.second"})
     assert re.search(rf"{TABLE} exists.*svv_columns", error)
-    statements = things.sandbox.redshift.statements[start:]
     assert not [sql for sql in statements if sql.startswith(("CREATE", "ALTER", "COPY"))]
 
 
@@ -130,8 +235,9 @@ def test_booleans_and_times_as_the_guide_spells_them(things: Things) -> None:
     assert {row[4]: row[0] for row in rows} == times
     for _, on, at, tz, day in rows:
         assert (on, at, tz) == (day, f"{day} 01:02:03", f"{day} 01:02:03.5+00")
-    (part,) = [body for key, body in things.sandbox.objects().items() if key.endswith(".csv.gz")]
-    cells = [line.split(",")[2] for line in gzip.decompress(part).decode().splitlines()[1:]]
+    (key,) = things.sandbox.staged(".csv.gz")
+    text = gzip.decompress(things.sandbox.objects()[key]).decode()
+    cells = [line.split(",")[2] for line in text.splitlines()[1:]]
     assert cells[:2] == ["t", "f"]
 
 
@@ -145,3 +251,99 @@ def test_a_lock_that_somebody_else_holds(things: Things) -> None:
     sees = """a superuser sees which: SELECT .* FROM svv_transactions WHERE .*relation = """
     assert re.search(sees + """'"public"."etl_runs"'::regclass::oid$""", error)
     things.load(("a", 2))
+
+
+def test_keys_that_differ_in_spaces_at_the_end_are_double(things: Things) -> None:
+    """In two chunks, so that only the staging table shows it."""
+    between = [(str(number), number) for number in range(20_000)]
+    error = things.refused(("a", 1), *between, ("a  ", 2))
+    assert re.search(rf'load: {TABLE}: more than one row has the key id="a"$', error)
+
+
+def test_a_key_with_a_space_at_its_end_replaces_the_one_without(things: Things) -> None:
+    things.load(("a", 1), ("b", 2), mode="upsert")
+    things.load(("a ", 3), mode="upsert")
+    assert things.rows() == [("a ", 3), ("b", 2)]
+
+
+def rewrite(things: Things, old: str, new: str) -> None:
+    """Changes the only staged file before it is copied."""
+
+    def hook(when: str, sql: str) -> None:
+        if when == "before" and sql.startswith("COPY"):
+            (key,) = things.sandbox.staged(".csv.gz")
+            text = gzip.decompress(things.sandbox.objects()[key]).decode()
+            assert old in text
+            body = gzip.compress(text.replace(old, new).encode())
+            things.sandbox.s3.put_object(Bucket=BUCKET, Key=key, Body=body)
+
+    things.sandbox.redshift.hook = hook
+
+
+@pytest.mark.parametrize("errors", ["GRANT", "REVOKE"])
+def test_a_value_that_copy_refuses_is_shown_with_its_place(things: Things, errors: str) -> None:
+    """Without stl_load_errors, as on Redshift Serverless, its place alone."""
+    rewrite(things, "2\n", "x2\n")
+    with things.sandbox.redshift.connect() as connection, contextlib.ExitStack() as at_end:
+        view = b"SELECT ON sandbox.stl_load_errors"
+        if errors == "REVOKE":
+            connection.execute(b"REVOKE %b FROM PUBLIC" % view)
+            at_end.callback(connection.execute, b"GRANT %b TO PUBLIC" % view)
+        error = things.refused(("a", 1), ("b", 2), ("c", 3))
+    (key,) = things.sandbox.staged(".csv.gz")
+    place = f"COPY for {TABLE}: s3://{BUCKET}/{key}, line 3, column n (int4): "
+    reason = "Invalid digit, Value 'x', Pos 0, Type: Integer"
+    value = ', value "x2"' if errors == "GRANT" else ""
+    assert error == f"load: {place}{reason}{value}"
+
+
+def test_fewer_rows_than_staged_are_refused(things: Things) -> None:
+    rewrite(things, '"b",2\n', "")
+    error = things.refused(("a", 1), ("b", 2), ("c", 3))
+    assert f"COPY for {TABLE}: 2 rows, but 3 were staged" in error
+
+
+ENCRYPTIONS = {
+    "none": (None, None, None),
+    "AES256": ("AES256", "AES256", None),
+    "key": ("alias/things", "aws:kms", "alias/things"),
+}
+
+
+@pytest.mark.parametrize("case", ENCRYPTIONS)
+def test_encryption_of_uploads(things: Things, case: str) -> None:
+    kms_key, *expected = ENCRYPTIONS[case]
+    sent: list[list[str | None]] = []
+
+    def note(handler: Any) -> None:
+        header = "x-amz-server-side-encryption"
+        names = (header, f"{header}-aws-kms-key-id")
+        sent.append([handler.headers.get(name) for name in names])
+        handler.forward()
+
+    with faulty_aws(things.sandbox, *[note] * 3) as options:
+        things.load(("a", 1), options=options, staging={"kms_key": kms_key})
+    assert sent == [expected] * 3  # a part, the response, the manifest
+
+
+def copied_region(things: Things) -> set[str]:
+    copies = [sql for sql in things.sandbox.redshift.statements if sql.startswith("COPY")]
+    return {region for sql in copies for region in re.findall("REGION '(.*)'", sql)}
+
+
+def test_a_bucket_in_another_region(things: Things) -> None:
+    where = {"LocationConstraint": "us-west-2"}
+    other = things.sandbox.client("s3", region_name="us-west-2")
+    other.create_bucket(Bucket="things-elsewhere", CreateBucketConfiguration=where)
+    things.load(("a", 1), staging={"bucket": "things-elsewhere"})
+    assert copied_region(things) == {"us-west-2"}
+    assert things.rows() == [("a", 1)]
+
+
+def test_the_region_of_a_bucket_that_must_not_be_looked_at(things: Things) -> None:
+    def deny(handler: BaseHTTPRequestHandler) -> None:
+        answer(handler, 403, x_amz_bucket_region="eu-north-1")
+
+    with faulty_aws(things.sandbox, deny, method="HEAD") as options:
+        things.load(("a", 1), options=options)
+    assert copied_region(things) == {"eu-north-1"}

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import multiprocessing
 import os
 import platform
 import re
@@ -29,7 +28,7 @@ import time
 import urllib.error
 import urllib.request
 import venv
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -37,7 +36,6 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import yaml
-from generate import launches, write
 
 BENCH = Path(__file__).resolve().parent
 ROOT = BENCH.parent.parent
@@ -74,36 +72,7 @@ class Usage(NamedTuple):
     memory: float
 
 
-def measure(command: list[Any], folder: Path, environment: dict[str, str]) -> Usage:
-    """Runs a command to its end; what it prints goes into files in the folder.
-
-    The kernel gives the memory of the largest process, and starts that of a new process at what
-    its parent has used: so this program stays small, and leaves the verifying to another.
-    """
-    out, log = folder / "stdout", folder / "stderr"
-    with out.open("wb") as stdout, log.open("wb") as stderr:
-        start = time.perf_counter()
-        process = subprocess.Popen(
-            list(map(str, command)), env=os.environ | environment, stdout=stdout, stderr=stderr
-        )
-        _, status, usage = os.wait4(process.pid, 0)
-        wall = time.perf_counter() - start
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        sys.exit(f"{shlex.join(map(str, command))}:\n{log.read_text()[-2000:]}")
-    return Usage(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1000)
-
-
-def in_turn(
-    names: list[str], repeats: int, run: Callable[[str, bool], Usage]
-) -> dict[str, list[Usage]]:
-    """The runs of each contender: the first run of each, then the next of each."""
-    runs: dict[str, list[Usage]] = {name: [] for name in names}
-    for number in range(repeats):
-        for name, usages in runs.items():
-            usages.append(run(name, number == 0))
-            note(f"  {name}: {usages[-1].wall:.2f} s, {usages[-1].memory:.0f} MB")
-    return runs
+Runs = dict[str, list[Usage]]
 
 
 def of_each(figure: Callable[..., float], usages: list[Usage]) -> Usage:
@@ -111,7 +80,7 @@ def of_each(figure: Callable[..., float], usages: list[Usage]) -> Usage:
     return Usage(*map(figure, zip(*usages, strict=True)))
 
 
-def print_table(title: str, runs: dict[str, list[Usage]], rows: int) -> None:
+def print_table(title: str, runs: Runs, rows: int) -> None:
     """Prints the medians, and how many times those of main.py they are."""
     print(f"\n| {title} | launches a second | seconds | CPU seconds | peak memory, MB |")
     print("| --- | ---: | ---: | ---: | ---: |")
@@ -129,7 +98,7 @@ def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def check(rows: int, *command: Any, **environment: str) -> None:
+def check(rows: int, command: list[Any], environment: dict[str, str]) -> None:
     """Ends the program unless the command prints this number of rows."""
     text = list(map(str, command))
     done = subprocess.run(text, env=os.environ | environment, capture_output=True, text=True)
@@ -143,35 +112,20 @@ class Bench:
 
     def __init__(self, folder: Path, servers: contextlib.ExitStack, against: Path | None) -> None:
         self.folder, self.servers, self.against = folder, servers, against
-        self.run, self.kept = folder / "run", folder / "kept"
-        self.shipped = yaml.safe_load(CONFIG.read_text())
-        self.table = self.shipped["tables"]["public.launches"]
+        self.run, self.kept, self.environment = folder / "run", folder / "kept", dict[str, str]()
 
     def clear(self) -> None:
         """Empties the folder of a run."""
         shutil.rmtree(self.run, ignore_errors=True)
         self.run.mkdir(parents=True)
 
-    def input(self, name: str, records: Iterator[dict[str, Any]]) -> Path:
-        """A JSON file of the records, made when it is not there yet."""
-        path = self.folder / f"{name}.json"
+    def input(self, rows: int) -> Path:
+        """A JSON file of so many launches, made when it is not there yet."""
+        path = self.folder / f"launches-{rows}.json"
         if not path.exists():
             note(f"making {path}")
-            # Not in this process: what it uses counts as used by those that it starts.
-            maker = multiprocessing.get_context("fork").Process(target=write, args=(path, records))
-            maker.start()
-            maker.join()
-            if maker.exitcode:
-                sys.exit(maker.exitcode)
+            subprocess.run([sys.executable, BENCH / "generate.py", str(rows), path], check=True)
         note(f"{path.name}: {path.stat().st_size / 1e6:.0f} MB")
-        return path
-
-    def config(self) -> Path:
-        """The shipped configuration with only public.launches."""
-        path = self.folder / "one-table.yaml"
-        kept = {section: self.shipped[section] for section in ("source", "staging", "redshift")}
-        kept["tables"] = {"public.launches": self.table}
-        path.write_text(yaml.safe_dump(kept, sort_keys=False))
         return path
 
     def python(self, name: str) -> Path:
@@ -191,9 +145,39 @@ class Bench:
         python = self.python(name) if name in PINNED else sys.executable
         return [python, BENCH / "contenders.py", job, *arguments]
 
-    def verify(self, rows: int, *other: Path) -> None:
-        """Counts the rows in the folder of the run; compares them with those in another."""
-        check(rows, sys.executable, BENCH / "verify.py", self.run, *other)
+    def measure(self, command: list[Any]) -> Usage:
+        """Runs a command to its end; what it prints goes into files in the folder of the run.
+
+        The kernel gives the memory of the largest process, and starts that of a new process at
+        what its parent has used: so this program stays small, and leaves all else to others.
+        """
+        text, log = list(map(str, command)), self.run / "stderr"
+        with (self.run / "stdout").open("wb") as stdout, log.open("wb") as stderr:
+            start = time.perf_counter()
+            environment = os.environ | self.environment
+            process = subprocess.Popen(text, env=environment, stdout=stdout, stderr=stderr)
+            _, status, usage = os.wait4(process.pid, 0)
+            wall = time.perf_counter() - start
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            sys.exit(f"{shlex.join(text)}:\n{log.read_text()[-2000:]}")
+        return Usage(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1000)
+
+    def in_turn(
+        self, commands: dict[str, list[Any]], repeats: int, verify: Callable[[str, bool], None]
+    ) -> Runs:
+        """The runs of each contender: the first run of each, then the next of each.
+
+        After each, what it wrote is verified; the function is told whether that was the first.
+        """
+        runs: Runs = {name: [] for name in commands}
+        for number in range(repeats):
+            for name, usages in runs.items():
+                self.clear()
+                usages.append(self.measure(commands[name]))
+                note(f"  {name}: {usages[-1].wall:.2f} s, {usages[-1].memory:.0f} MB")
+                verify(name, number == 0)
+        return runs
 
     def start(self, *command: Any, **options: Any) -> subprocess.Popen[str]:
         """Starts a server, which ends with the bench."""
@@ -206,10 +190,10 @@ class Bench:
         """Starts a module that takes a port as its last argument; its URL, when it answers."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+            url = "http://{}:{}".format(*free.getsockname())
         silent = dict.fromkeys(("stdout", "stderr"), subprocess.DEVNULL)
-        self.start(sys.executable, "-m", *module, port, **silent)
-        request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", method=method)
+        self.start(sys.executable, "-m", *module, url.rpartition(":")[2], **silent)
+        request = urllib.request.Request(url + path, method=method)
         for tries_left in reversed(range(150)):
             try:
                 urllib.request.urlopen(request).close()
@@ -218,7 +202,7 @@ class Bench:
                 if not tries_left:
                     raise
                 time.sleep(0.2)
-        return f"http://127.0.0.1:{port}"
+        return url
 
 
 def dry_run(config: Path, source: Path, program: Path = MAIN) -> list[Any]:
@@ -231,69 +215,68 @@ def dry_run(config: Path, source: Path, program: Path = MAIN) -> list[Any]:
 
 def time_sizes(bench: Bench, peers: list[str], sizes: list[int], repeats: int) -> None:
     """One JSON file to staged files of all launches, at each size."""
-    environment = {"TMPDIR": str(bench.run), "RUNTIME__DLTHUB_TELEMETRY": "false"}
+    bench.environment = {"TMPDIR": str(bench.run), "RUNTIME__DLTHUB_TELEMETRY": "false"}
     if "awswrangler" in peers:
         moto = bench.start_http("moto.server", "-p", method="PUT", path="/bench")
-        environment |= {"AWS_ENDPOINT_URL": moto, "AWS_DEFAULT_REGION": "us-east-1"}
-        environment |= dict.fromkeys(("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), "bench")
+        bench.environment |= {"AWS_ENDPOINT_URL": moto, "AWS_DEFAULT_REGION": "us-east-1"}
+        keys = "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"
+        bench.environment |= dict.fromkeys(keys, "bench")
     results = []
     asked = ["ours", *dict.fromkeys(["against", "both", *peers] if bench.against else peers)]
     for rows in sizes:
         names = [name for name in asked if rows <= MOST or name in STREAMING]
-        medians = time_size(bench, names, rows, repeats, environment)
-        for name, usage in medians.items():
-            results.append({"name": TITLES[name], "rows": rows} | usage._asdict())
+        for name, usages in time_size(bench, names, rows, repeats).items():
+            usage = of_each(median, usages)._asdict()
+            results.append({"name": TITLES[name], "rows": rows} | usage)
     if len(sizes) > 1 and not bench.against:
         path = bench.folder / "results.json"
         path.write_text(json.dumps(results))
-        plot = [bench.python("plot"), BENCH / "plot.py", path, BENCH / "compare.png"]
-        subprocess.run(plot, check=True)
+        subprocess.run(bench.tool("plot", "plot", path, BENCH / "compare.png"), check=True)
 
 
-def time_size(
-    bench: Bench, names: list[str], rows: int, repeats: int, environment: dict[str, str]
-) -> dict[str, Usage]:
+def time_size(bench: Bench, names: list[str], rows: int, repeats: int) -> Runs:
     """One size; after the first run of each contender its rows are counted."""
-    config = bench.config()
-    source = bench.input(f"launches-{rows}", launches(rows))
+    source, one_table = bench.input(rows), bench.folder / "one-table.yaml"
+    shipped = yaml.safe_load(CONFIG.read_text())
+    table = shipped["tables"]["public.launches"]
+    one_table.write_text(yaml.safe_dump(shipped | {"tables": {"public.launches": table}}))
     csv, staged = bench.folder / "staged.csv", bench.run / "launches.csv.gz"
     parquet = "s3://bench/launches.parquet"
     (level,) = re.findall(r"^GZIP_LEVEL = (\d)", MAIN.read_text(), re.MULTILINE)
     jobs: dict[str, list[Any]] = {
-        "duckdb": [source, staged, json.dumps(bench.table["columns"])],
-        "polars": [source, staged],
-        "pandas": [source, staged],
-        "awswrangler": [source, parquet],
-        "dlt": [source, bench.run],
-        "floor": [source, csv, staged, level],
+        "duckdb": [staged, json.dumps(table["columns"])],
+        "polars": [staged],
+        "pandas": [staged],
+        "awswrangler": [parquet],
+        "dlt": [bench.run],
+        "floor": [staged, csv, level],
     }
-    commands = {name: bench.tool(name, name, *jobs[name]) for name in names if name in jobs}
-    commands |= {"ours": dry_run(config, source), "both": dry_run(CONFIG, source)}
+    commands = {name: bench.tool(name, name, source, *jobs[name]) for name in names if name in jobs}
+    commands |= {"ours": dry_run(one_table, source), "both": dry_run(CONFIG, source)}
     if bench.against:
         commands["against"] = dry_run(CONFIG, source, bench.against)
 
-    def stage(name: str, first: bool) -> Usage:
-        bench.clear()
-        usage = measure(commands[name], bench.run, environment)
-        if first and name == "awswrangler":
-            check(rows, *bench.tool(name, "count_parquet", parquet), **environment)
-        elif first and name != "floor":  # it has no rows of its own
-            bench.verify(rows)
-        if first and name == "ours":
+    def verify(name: str, is_first: bool) -> None:
+        if not is_first or name == "floor":  # it has no rows of its own
+            return
+        count = [sys.executable, BENCH / "verify.py", bench.run]
+        if name == "both" and bench.against:
+            count.append(bench.kept)
+        if name == "awswrangler":
+            count = bench.tool(name, "count_parquet", parquet)
+        check(rows, count, bench.environment)
+        if name == "ours":
             parts = sorted(bench.run.glob("sequra-*/public.launches.*.csv.gz"))
             with csv.open("wb") as file:
                 subprocess.run(["gzip", "-dc", *parts], stdout=file, check=True)
-        if first and name == "against":
+        if name == "against":
             shutil.rmtree(bench.kept, ignore_errors=True)
             bench.run.rename(bench.kept)
-        elif first and name == "both" and bench.against:
-            bench.verify(rows, bench.kept)
-        return usage
 
-    runs = in_turn(names, repeats, stage)
+    runs = bench.in_turn({name: commands[name] for name in names}, repeats, verify)
     size = source.stat().st_size / 1e6
     print_table(f"{rows:,} launches, {size:.0f} MB of JSON", runs, rows)
-    if "against" in runs:
+    if bench.against:
         # Of the least disturbed runs: on a busy machine the medians differ with equal programs.
         least, base = of_each(min, runs["both"]), of_each(min, runs["against"])
         print(
@@ -301,16 +284,14 @@ def time_size(
             f"{least.wall / base.wall:.2f} times the seconds, {least.cpu / base.cpu:.2f} times the "
             f"CPU seconds, {least.memory / base.memory:.2f} times the memory. The CSV is the same."
         )
-    return {name: of_each(median, usages) for name, usages in runs.items()}
+    return runs
 
 
 def time_small(bench: Bench, repeats: int) -> None:
     """As many launches as the API has, from an HTTP server into tests/sandbox.py's database."""
-    rows, environment = 205, dict[str, str]()
-    source = bench.input(f"launches-{rows}", launches(rows))
-    bench.clear()
+    rows = 205
+    source, bench.environment = bench.input(rows), {}
     served = bench.start_http("http.server", "-b", "127.0.0.1", "-d", bench.folder)
-    url = f"{served}/{source.name}"
     command = [sys.executable, "-u", ROOT / "tests" / "sandbox.py", "--keep", "--source", source]
     sandbox = bench.start(*command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     psql = ""
@@ -318,25 +299,24 @@ def time_small(bench: Bench, repeats: int) -> None:
         psql = sandbox.stdout.readline() or sys.exit("tests/sandbox.py ended")
         if psql.startswith("export "):
             name, _, value = shlex.split(psql)[1].partition("=")
-            environment[name] = value
-    sql = [*shlex.split(psql), "-qAtc"]
-    commands: dict[str, list[Any]] = {"ours": [sys.executable, MAIN, "--source", url]}
-    if bench.against:
-        commands["against"] = [sys.executable, bench.against, "--config", CONFIG, "--source", url]
+            bench.environment[name] = value
+    delete = (
+        "WITH deleted AS (DELETE FROM public.launches RETURNING 1) SELECT count(*) FROM deleted"
+    )
+    programs = {"ours": MAIN} | ({"against": bench.against} if bench.against else {})
+    options = ["--config", CONFIG, "--source", f"{served}/{source.name}"]
+    commands = {name: [sys.executable, program, *options] for name, program in programs.items()}
     packages = "import requests, pandas, boto3, yaml, redshift_connector"
     commands["imports"] = [sys.executable, "-c", packages]
 
-    def load(name: str, _: bool) -> Usage:
-        usage = measure(commands[name], bench.run, environment)
+    def verify(name: str, _: bool) -> None:
         if name != "imports":
-            delete = "DELETE FROM public.launches RETURNING 1"
-            check(rows, *sql, f"WITH deleted AS ({delete}) SELECT count(*) FROM deleted")
-        return usage
+            check(rows, [*shlex.split(psql), "-qAtc", delete], {})
 
-    runs = in_turn(list(commands), repeats, load)
+    runs = bench.in_turn(commands, repeats, verify)
     print_table(f"{rows} launches into the database", runs, rows)
     cpu = {name: of_each(min, usages).cpu for name, usages in runs.items()}
-    for name in ["ours", "against"] if bench.against else ["ours"]:
+    for name in programs:
         times = f"{cpu[name] / cpu['imports']:.2f} times the CPU seconds of importing the packages"
         print(f"\n{TITLES[name]}, best of {repeats}: {times}.")
 

@@ -1,10 +1,10 @@
-"""The job of main.py as other tools do it, and the floor under it.
+"""The job of main.py as other tools do it, the floor under it, and the plot of both.
 
     python tests/bench/contenders.py NAME ARGUMENT…
 
 compare.py runs each function here as a process of its own, in an environment that has its tool.
-Each turns a JSON file into staged files of all launches: one table, a column for each path, arrays
-as JSON.
+A contender turns a JSON file into staged files of all launches: one table, a column for each path,
+arrays as JSON.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ARRAYS = (
 )
 
 
-def floor(source: str, csv: str, target: str, level: str) -> None:
+def floor(source: str, target: str, csv: str, level: str) -> None:
     """The JSON parsed once, and the CSV that main.py made of it compressed: nothing between."""
     with Path(source).open("rb") as lines:
         for line in lines:
@@ -80,23 +80,24 @@ def polars(source: str, target: str) -> None:
     frame.write_csv(target, compression="gzip")
 
 
-def pandas(source: str, target: str) -> None:
-    """All records in one frame; gzip at the level that pandas takes, 9."""
+def frame_of(source: str) -> Any:
+    """All records in one frame of pandas."""
     import pandas as pd
 
     with Path(source).open("rb") as file:
-        frame = pd.json_normalize(json.load(file), sep="_")
-    frame.to_csv(target, index=False, compression="gzip")
+        return pd.json_normalize(json.load(file), sep="_")
+
+
+def pandas(source: str, target: str) -> None:
+    """Gzip at the level that pandas takes, 9."""
+    frame_of(source).to_csv(target, index=False, compression="gzip")
 
 
 def awswrangler(source: str, url: str) -> None:
     """The same frame as Parquet, which awswrangler prefers for Redshift, in S3."""
     import awswrangler as wr
-    import pandas as pd
 
-    with Path(source).open("rb") as file:
-        frame = pd.json_normalize(json.load(file), sep="_")
-    wr.s3.to_parquet(frame, url)
+    wr.s3.to_parquet(frame_of(source), url)
 
 
 def count_parquet(url: str) -> None:
@@ -125,6 +126,32 @@ def dlt(source: str, folder: str) -> None:
     columns = {name: {"data_type": "json"} for name in ARRAYS.split()}
     columns["date_local"] = {"data_type": "text"}  # a timestamp would lose the offset
     pipeline.run(records(), table_name="launches", columns=columns, loader_file_format="csv")
+
+
+def plot(source: str, target: str) -> None:
+    """Draws the results of compare.py: time and memory over the number of launches."""
+    import matplotlib as mpl
+    from matplotlib import pyplot as plt
+
+    mpl.use("agg")
+    results = json.loads(Path(source).read_text())
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    titles = {"wall": "Wall-clock time, seconds", "memory": "Peak memory, MB"}
+    for panel, (measure, title) in zip(panels, titles.items(), strict=True):
+        for name in dict.fromkeys(row["name"] for row in results):  # thick: main.py, dashed: floor
+            rows = [row for row in results if row["name"] == name]
+            style = {"linewidth": 3 if name == "main.py" else 1.5, "marker": "o"}
+            style["linestyle"] = "--" if "alone" in name else "-"
+            sizes, values = [row["rows"] for row in rows], [row[measure] for row in rows]
+            panel.loglog(sizes, values, label=name, **style)
+        panel.set(title=title, xlabel="launches", xticks=sorted({row["rows"] for row in results}))
+        panel.grid(which="both", alpha=0.2)
+        panel.xaxis.set_major_formatter("{x:,.0f}")
+        panel.yaxis.set_major_formatter("{x:,g}")
+        for axis in (panel.xaxis, panel.yaxis):
+            axis.set_minor_formatter("")
+    panels[0].legend()
+    figure.savefig(target, dpi=110)
 
 
 if __name__ == "__main__":

@@ -20,70 +20,9 @@ import pytest
 import yaml
 
 from helpers import responds
-from sandbox import ROOT, Sandbox, answer
+from sandbox import DATA, ROOT, Sandbox, answer
 
-# Run as root: boots the container, in a control group of its own and with none of the services that
-# this machine has enabled.
-BOOT = r"""
-set -eu
-mount -t tmpfs tmpfs /run
-mkdir /run/files
-mount --bind / /run/files
-group=$(mktemp -d "$(findmnt -nf -t cgroup2 -o TARGET)/XXXXXXXX")
-status=0
-SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1 sh -c 'echo $$ > "$0/cgroup.procs"; exec "$@"' "$group" \
-  timeout -k 5 300 systemd-nspawn --quiet --register=no --keep-unit --link-journal=no \
-  --timezone=off --machine="${group##*/}" --directory=/run/files --volatile=overlay \
-  --tmpfs=/etc/systemd/system "$@" --boot systemd.unit=test.service systemd.show_status=no \
-  || status=$?
-find "$group" -depth -type d -exec rmdir {} +
-exit $status
-"""
-
-# Boots no further than the script, and ends the container with its status.
-UNIT = """
-[Unit]
-SuccessAction=exit-force
-FailureAction=exit-force
-[Service]
-Type=oneshot
-ExecStart=bash -euxo pipefail /test/script
-ExecStopPost=bash -c '((EXIT_STATUS == 0)) || tail -v /var/log/sequra-challenge/*.log /run/mail'
-ExecStopPost=bash -c '((EXIT_STATUS == 0)) || journalctl -n 50'
-StandardOutput=append:/test/output
-StandardError=inherit
-"""
-
-# What the README downloads, without downloads: the packages are this machine's. And a sendmail.
-INSTALL = """
-command() {{ cat > $1; chmod 755 $1; }}
-command /usr/local/bin/python3 << 'END'
-#!/bin/sh
-[ "$2" != venv ] || set -- "$@" --without-pip
-exec /srv/python/bin/{python} "$@"
-END
-command /usr/local/bin/poetry << 'END'
-#!/bin/sh
-[ "$1" != install ] || exec sh -c 'echo /srv/.venv > .venv/lib/{python}/site-packages/srv.pth'
-exec /opt/poetry/bin/python -m poetry "$@"
-END
-command /usr/local/bin/aws << 'END'
-#!/bin/sh
-exec cat "/test/$(basename "$3")"
-END
-command /usr/sbin/sendmail << 'END'
-#!/bin/sh
-exec cat >> /run/mail
-END
-python3 -m venv /opt/poetry
-echo /srv/poetry > /opt/poetry/lib/{python}/site-packages/srv.pth
-install -m 644 /test/ca /etc/sandbox-ca.pem
-install -m 666 /dev/null /run/mail
-export GIT_CONFIG_COUNT=1 GIT_CONFIG_KEY_0=safe.directory GIT_CONFIG_VALUE_0=*
-cd /test/clone
-{release}
-[[ $(stat -c %u /opt/sequra-challenge/current/poetry.lock) == 0 ]]
-"""
+MACHINE = DATA / "machine"
 
 pytestmark = pytest.mark.ci
 
@@ -110,7 +49,7 @@ def machine(sandbox: Sandbox, needed: Callable[[str], str], tmp_path: Path) -> M
         "/srv/python": sys.base_prefix,
         "/srv/poetry": poetry_packages.strip(),
         "/srv/.venv": sysconfig.get_path("purelib"),
-        "/etc/systemd/system/test.service": tmp_path / "unit",
+        "/etc/systemd/system/test.service": MACHINE / "test.service",
     }
     options = [f"--bind-ro={path}:{there}" for there, path in binds.items()]
 
@@ -120,13 +59,12 @@ def machine(sandbox: Sandbox, needed: Callable[[str], str], tmp_path: Path) -> M
     lines = [f"{name}={value}\n" for name, value in environment.items()]
     (tmp_path / "environment").write_text("".join(lines) + f"ODD={QUOTED}\n")
     (tmp_path / "ca").write_bytes(sandbox.redshift.ca.read_bytes())
-    (tmp_path / "unit").write_text(UNIT)
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    install = INSTALL.format(python=version, release=readme("## A release")[1])
+    install = script("install.sh", python=version, release=readme("## A release")[1])
 
-    def run(script: str) -> str:
-        (tmp_path / "script").write_text(install + script)
-        command = [*as_root, "sh", "-c", BOOT, "boot", f"--bind={tmp_path}:/test", *options]
+    def run(commands: str) -> str:
+        (tmp_path / "script").write_text(install + commands)
+        command = [*as_root, "sh", str(MACHINE / "boot.sh"), f"--bind={tmp_path}:/test", *options]
         done = subprocess.run(command, capture_output=True, text=True, timeout=360, check=False)
         if not (tmp_path / "output").exists():
             pytest.skip(f"no container can be booted here: {done.stdout}{done.stderr}")
@@ -163,6 +101,15 @@ def releases(folder: Path, source: str) -> None:
     (folder / "package.tar.gz").rename(folder / "sequra-challenge-v1.3.0.tar.gz")
 
 
+def script(name: str, **parts: str) -> str:
+    """A script in tests/data/machine, with parts in the place of @name@."""
+    text = (MACHINE / name).read_text("utf-8")
+    for part, lines in parts.items():
+        assert f"@{part}@" in text
+        text = text.replace(f"@{part}@", lines)
+    return text
+
+
 def readme(heading: str) -> list[str]:
     """The commands below a heading of conf/cron/README.md."""
     text = (ROOT / "conf" / "cron" / "README.md").read_text("utf-8")
@@ -192,60 +139,7 @@ def test_systemd(sandbox: Sandbox, machine: Machine, tmp_path: Path) -> None:
 
     fails, is_away = responds(404), responds(429, Retry_After="2000")
     sandbox.source.answers = [succeed, succeed, succeed, fails, is_away, succeed]
-    printed = machine(f"""
-ln -sf /usr/share/zoneinfo/Asia/Kolkata /etc/localtime
-sed -i 's/^passwd:.*/passwd: files/' /etc/nsswitch.conf # not every machine has libnss-systemd
-{install}
-cat /test/environment >> /etc/sequra-challenge.env
-mkdir /etc/systemd/system/sequra-challenge@.service.d
-cat > /etc/systemd/system/sequra-challenge@.service.d/override.conf << 'END'
-{to_file}
-END
-systemctl daemon-reload
-install -d /var/log/sequra-challenge
-systemctl start sequra-challenge@pipeline
-grep 'done: ' /var/log/sequra-challenge/sequra-challenge.log
-sed /su/d /opt/sequra-challenge/current/conf/cron/logrotate > /run/logrotate
-[[ -z $(logrotate --force --state /run/state /run/logrotate 2>&1) ]]
-ls /var/log/sequra-challenge/sequra-challenge.log.1
-rm -r /etc/systemd/system/sequra-challenge@.service.d
-systemctl daemon-reload
-
-{try_out}
-[[ -z $(systemd-analyze verify /etc/systemd/system/sequra-challenge* 2>&1) ]]
-systemd-analyze security --threshold=15 sequra-challenge@pipeline.service
-journal() {{ journalctl --sync; journalctl -u sequra-challenge@pipeline; }}
-wait_until() {{ for i in {{1..900}}; do ! "$@" || return 0; sleep 0.1; done; false; }}
-
-: as if the machine had been off for two days
-systemctl stop sequra-challenge@pipeline.timer
-touch -d '2 days ago' /var/lib/systemd/timers/stamp-sequra-challenge@pipeline.timer
-systemctl start sequra-challenge@pipeline.timer
-thrice() {{ (( $(journal | grep -c Finished) == 3 )); }}
-wait_until thrice
-
-: and a run that fails for good
-! systemctl start sequra-challenge@pipeline
-[[ $(systemctl is-failed sequra-challenge@pipeline) == failed ]]
-wait_until grep 404 /run/mail
-
-: one that may mend itself
-sudo systemctl reset-failed sequra-challenge@pipeline
-mkdir /etc/systemd/system/sequra-challenge@.service.d
-printf '[Service]\nRestartSec=1\n' > /etc/systemd/system/sequra-challenge@.service.d/override.conf
-systemctl daemon-reload
-! systemctl start sequra-challenge@pipeline
-four_times() {{ (( $(journal | grep -c Finished) == 4 )); }}
-wait_until four_times
-! grep 429 /run/mail
-
-: and a deploy with a typo, which tells whom the configuration names, and root
-sed -i 's/^  bucket: .*/  bucket: B/' /opt/sequra-challenge/current/conf/pipeline.yaml
-! systemctl start sequra-challenge@pipeline
-wait_until grep staging.bucket /run/mail
-cp /run/mail /test
-journal
-""")
+    printed = machine(script("systemd.sh", install=install, to_file=to_file, try_out=try_out))
     assert re.search(r"05:30:00 IST .* sequra-challenge@pipeline.timer", printed), printed
     journal = printed.rpartition("+ journalctl")[2]
     assert "sequra-challenge[" in journal
@@ -268,52 +162,8 @@ def test_cron(
     (tarball,) = readme("### From GitHub")
     another, times = re.subn(r"git archive .*\n", tarball, readme("## A release")[1])
     assert times == 1
-    back = another.splitlines()[-1]
-    printed = machine(f"""
-ln -sf /usr/share/zoneinfo/UTC /etc/localtime
-{install}
-cat /test/environment >> /etc/sequra-challenge.env
-sed -n 's/run pipeline$/run second/p' /etc/cron.d/sequra-challenge >> /etc/cron.d/sequra-challenge
-log=/var/log/sequra-challenge/sequra-challenge.log
-midnight() {{ # a cron daemon, two seconds before; its jobs have the real time
-  faketime -f '@2026-01-31 23:59:58' cron -f 9<&- &
-  for i in {{1..900}}; do ! "$@" || break; sleep 0.1; done; (( i < 900 ))
-  kill $(cat /run/crond.pid)
-  wait
-}}
-
-: two pipelines, of which one is still going
-exec 9> /var/lock/sequra-challenge/second
-flock 9
-midnight grep skipped /run/mail
-exec 9<&-
-flock /var/lock/sequra-challenge/pipeline cat $log
-
-: and when none is
-runs_in() {{
-  process=$(pgrep -u sequra -f '^\\S*python \\S*main.py --config conf/second.yaml') &&
-    [[ $(readlink /proc/$process/cwd) == $1 ]] &&
-    grep -z "^VIRTUAL_ENV=$1/.venv$" /proc/$process/environ
-}}
-midnight runs_in /opt/sequra-challenge/releases/v1.2.0
-for name in pipeline second; do flock /var/lock/sequra-challenge/$name true; done
-{try_out}
-
-: another release, and back
-{another.replace("v1.2.0", "v1.3.0")}
-! ls /opt/sequra-challenge/current/conf/examples/news.yaml
-release=v1.2.0
-{back}
-ls /opt/sequra-challenge/current/conf/examples/news.yaml
-
-rotate() {{ logrotate --force --state /run/state /etc/logrotate.d/sequra-challenge 2>&1; }}
-[[ -z $(rotate) ]]
-sudo -u sequra sh -c "echo the next run >> $log"
-[[ -z $(rotate) ]]
-ls /var/log/sequra-challenge
-zcat $log.2.gz
-cp /run/mail /test
-""")
+    parts = {"another": another.replace("v1.2.0", "v1.3.0"), "back": another.splitlines()[-1]}
+    printed = machine(script("cron.sh", install=install, try_out=try_out, **parts))
     loaded = runs(sandbox)
     assert [name for name, _ in sorted(loaded)] == ["pipeline"] * 3 + ["second"], printed
     assert sent(sandbox) == [ODD] * 4
