@@ -39,8 +39,10 @@ from sandbox import (
     PIPELINE,
     SAMPLE,
     SECRET,
+    SLACK_SECRET,
     Handler,
     LocalServer,
+    Process,
     Sandbox,
     Source,
     answer,
@@ -240,6 +242,28 @@ def loaded(sandbox: Sandbox, *arguments: str | Path, **options: Any) -> Done:
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     return done
+
+
+@contextlib.contextmanager
+def stalled(sandbox: Sandbox, *arguments: str | Path, **options: Any) -> Iterator[Process]:
+    """A run that waits for the source, which answers nothing until this is left."""
+    asked, over = threading.Event(), threading.Event()
+
+    def stall(_: BaseHTTPRequestHandler) -> None:
+        asked.set()
+        over.wait(60)
+
+    sandbox.source.answers = [stall]
+    process = sandbox.start(*arguments, **options)
+    assert asked.wait(60)
+    try:
+        yield process
+    finally:
+        over.set()
+
+
+def set_webhook(sandbox: Sandbox, text: str) -> None:
+    sandbox.secrets.put_secret_value(SecretId=SLACK_SECRET, SecretString=text)
 
 
 def run_id(done: Done) -> str:
