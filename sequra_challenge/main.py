@@ -615,7 +615,7 @@ def step(name: str, figures: Figures) -> Iterator[Figures]:
 def figure_text(name: str, value: Any) -> str:
     """A figure for people: "MB 0.07" of bytes, "seconds 0.10" of a duration."""
     if name == "rows":
-        return ", ".join(f"{table} {rows}" for table, rows in value.items())
+        return ", ".join(f"{table} {rows}" for table, rows in dict(value).items())
     unit, size = {"bytes": ("MB", 1e6), "duration": ("seconds", 1e9)}.get(name, (name, 0))
     return f"{unit} {value / size:.2f}" if size else f"{unit} {value}"
 
@@ -672,8 +672,10 @@ def extract(config: Config, folder: Path, figures: Figures, pages: int | None = 
         if not target.is_file():
             raise PipelineError(f"{masked(source.url)} is no file, nor a URL of http, https or s3")
     if is_one_object(target) and not re.search(r"\.ndjson(\.gz)?$", source.url):
-        answer = read_answer(target, "the source")
-        is_record = any(dig(answer, path) is not None for path in key_paths(config))
+        answer, keys = read_answer(target, "the source"), key_paths(config)
+        has_records = isinstance(dig(answer, split_path(source.records)), list)
+        is_record = not keys or any(dig(answer, path) is not None for path in keys)
+        is_record = is_record and not has_records
         records = [answer] if is_record else records_of(answer, source, "the source")
         return write_pages([records], config, folder, figures)
     return target
@@ -808,7 +810,8 @@ def root_cause(error: BaseException) -> BaseException:
     """The error that led to this one; urllib3 wraps some without chaining them."""
     wrapped = next((argument for argument in error.args if isinstance(argument, Exception)), None)
     inner = error.__cause__ or error.__context__ or wrapped
-    return root_cause(inner) if inner else error
+    # Not further than what this error was raised beside: an alert tells of another failure.
+    return root_cause(inner) if inner and not isinstance(inner, PipelineError) else error
 
 
 def refusal(response: requests.Response) -> str:
@@ -974,7 +977,7 @@ def is_one_object(file: Path) -> bool:
     with contextlib.suppress(*UNREADABLE), open_body(file) as body:
         if body.peek(1000).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
             lines = filter(bytes.strip, body)
-            return next(lines) and not next(lines, b"").lstrip().startswith(b"{")
+            return not next(lines).rstrip().endswith(b"}") or not next(lines, b"")
     return False
 
 

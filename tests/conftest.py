@@ -121,6 +121,7 @@ def load(sandbox: Sandbox, tmp_path: Path) -> Load:
 
     def load(
         *answers: Answer,
+        status: int = 0,
         arguments: tuple[str, ...] = (),
         environment: dict[str, str] | None = None,
         url: str | None = None,
@@ -131,7 +132,10 @@ def load(sandbox: Sandbox, tmp_path: Path) -> Load:
         config = arrays_config(tmp_path, url, **settings)
         arguments = arguments if "--source" in arguments else ("--source", url, *arguments)
         environment = {"TMPDIR": str(tmp_path)} | (environment or {})
-        return sandbox.run("--config", config, *arguments, patch=NO_PAUSES, **environment)
+        done = sandbox.run("--config", config, *arguments, patch=NO_PAUSES, **environment)
+        assert done.returncode == status, done.stderr
+        assert "Traceback" not in done.stderr
+        return done
 
     return load
 

@@ -16,6 +16,7 @@ import re
 import socket
 import ssl
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -38,8 +39,10 @@ from sandbox import (
     PIPELINE,
     SAMPLE,
     SECRET,
+    SLACK_SECRET,
     Handler,
     LocalServer,
+    Process,
     Sandbox,
     Source,
     answer,
@@ -61,6 +64,7 @@ ROLE = "arn:aws:iam::123456789012:role/loader"
 RUN_ID = r"\d{8}T\d{6}\.\d{6}Z-[0-9a-f]{8}"
 JSON = ("--log-format", "json")
 LOAD_TRIES = main.LOAD_TRIES
+CANARY = "C4N4RY"  # what must never be seen
 NULL = "NULL-7f"  # what stands for NULL in CSV, in the tests of that
 
 # --- configurations ------------------------------------------------------------------------------
@@ -132,6 +136,9 @@ THINGS: dict[str, Any] = {
 }
 
 
+PAGED = {"records": "results", "next": "next"}  # settings for what page() answers
+
+
 def arrays_config(
     folder: Path, url: str, tables: Any = None, redshift: Any = (), staging: Any = (), **source: Any
 ) -> Path:
@@ -179,6 +186,34 @@ def responds(status: int, body: object = b"", **headers: str) -> Answer:
     return lambda handler: answer(handler, status, text, **headers)
 
 
+def sends(*pieces: bytes) -> Answer:
+    """Writes these bytes, status line and all, and closes the connection."""
+
+    def respond(handler: BaseHTTPRequestHandler) -> None:
+        handler.close_connection = True
+        handler.wfile.write(b"".join(pieces))
+
+    return respond
+
+
+def drips(first: bytes, drop: bytes) -> Answer:
+    """Sends the beginning of an answer, and then drop after drop until nobody listens."""
+
+    def respond(handler: BaseHTTPRequestHandler) -> None:
+        handler.close_connection = True
+        with contextlib.suppress(OSError):
+            handler.wfile.write(first)
+            while True:
+                handler.wfile.write(drop)
+                threading.Event().wait(0.02)  # no sleep, which tests mock
+
+    return respond
+
+
+def json_lines(records: Records) -> bytes:
+    return b"".join(json.dumps(record).encode() + b"\n" for record in records)
+
+
 def things(*ids: int) -> Records:
     """Records of the API of things."""
     return [{"id": number, "name": f"a{number}"} for number in ids]
@@ -209,6 +244,28 @@ def loaded(sandbox: Sandbox, *arguments: str | Path, **options: Any) -> Done:
     return done
 
 
+@contextlib.contextmanager
+def stalled(sandbox: Sandbox, *arguments: str | Path, **options: Any) -> Iterator[Process]:
+    """A run that waits for the source, which answers nothing until this is left."""
+    asked, over = threading.Event(), threading.Event()
+
+    def stall(_: BaseHTTPRequestHandler) -> None:
+        asked.set()
+        over.wait(60)
+
+    sandbox.source.answers = [stall]
+    process = sandbox.start(*arguments, **options)
+    assert asked.wait(60)
+    try:
+        yield process
+    finally:
+        over.set()
+
+
+def set_webhook(sandbox: Sandbox, text: str) -> None:
+    sandbox.secrets.put_secret_value(SecretId=SLACK_SECRET, SecretString=text)
+
+
 def run_id(done: Done) -> str:
     """The id of a run, from its log in text or in JSON."""
     found = re.search(RUN_ID, done.stderr)
@@ -226,6 +283,12 @@ def messages(done: Done, level: str) -> list[str]:
     return [text.rstrip("\n") for its_level, text in pairs if its_level == level]
 
 
+def error(done: Done) -> str:
+    """Step and message of the one error in the text log."""
+    (text,) = messages(done, "ERROR")
+    return text
+
+
 def log_entries(done: Done, level: str = "") -> list[dict[str, Any]]:
     """What the JSON log has, of a level or of all."""
     logged = [json.loads(line) for line in done.stderr.splitlines()]
@@ -238,13 +301,23 @@ def count(sandbox: Sandbox, table: str) -> int:
     return int(row["rows"])
 
 
+def rows_of_things(sandbox: Sandbox) -> Records:
+    return sandbox.query("SELECT id, name FROM public.things ORDER BY id")
+
+
+def raw_response(sandbox: Sandbox) -> tuple[str, bytes]:
+    """The URL of the only raw response in the bucket, and its text."""
+    ((key, data),) = [item for item in sandbox.objects().items() if "/raw/" in item[0]]
+    return f"s3://{BUCKET}/{key}", gzip.decompress(data)
+
+
 def assert_failed(done: Done, *parts: str, status: int = 1) -> None:
     """The run ended with one error, the last line of the output, which says all of this."""
     assert done.returncode == status, done.stderr
-    (error,) = messages(done, "ERROR")
-    assert done.stderr.endswith(f"{error}\n")
-    assert [part for part in parts if part not in error] == [], error
-    assert status == 2 or "\n" not in error
+    said = error(done)
+    assert done.stderr.endswith(f"{said}\n")
+    assert [part for part in parts if part not in said] == [], said
+    assert status == 2 or "\n" not in said
 
 
 # --- a pipeline of one small table ---------------------------------------------------------------
@@ -287,8 +360,7 @@ class Things:
         before = self.rows()
         done = self.run(*records, **settings)
         assert (done.returncode, self.rows()) == (status, before), done.stderr
-        (error,) = messages(done, "ERROR")
-        return error
+        return error(done)
 
     def rows(self, columns: str = "id, n") -> list[tuple[Any, ...]]:
         """The rows, in order; none where there is no table."""

@@ -34,7 +34,9 @@ from helpers import (
     responds,
     run_id,
     serve,
+    set_webhook,
     shipped_with,
+    stalled,
 )
 from sandbox import (
     BUG,
@@ -159,18 +161,9 @@ requests.Session.close = close
 @pytest.mark.parametrize("again", ["", SIGNALLED_AGAIN], ids=["once", "again"])
 def test_a_stopped_run(sandbox: Sandbox, configure: Configure, again: str) -> None:
     """A signal that comes while the program leaves what the first interrupted does nothing."""
-    waiting, over = threading.Event(), threading.Event()
-
-    def stall(_: BaseHTTPRequestHandler) -> None:
-        waiting.set()
-        over.wait(60)
-
-    sandbox.source.answers = [stall]
-    process = sandbox.start(*JSON, *configure(), plainly=not again, patch=again)
-    assert waiting.wait(60)
-    process.send_signal(signal.SIGTERM)
-    done = sandbox.finish(process)
-    over.set()
+    with stalled(sandbox, *JSON, *configure(), plainly=not again, patch=again) as process:
+        process.send_signal(signal.SIGTERM)
+        done = sandbox.finish(process)
     assert done.returncode == 128 + signal.SIGTERM
     check_failed(sandbox, done, "(extract: )?stopped by SIGTERM$")
 
@@ -325,10 +318,6 @@ def test_a_test_alert(sandbox: Sandbox, configure: Configure) -> None:
     done = sandbox.run("--test-alerts")
     assert done.returncode == 1
     assert "alerts" in done.stdout + done.stderr
-
-
-def set_webhook(sandbox: Sandbox, text: str) -> None:
-    sandbox.secrets.put_secret_value(SecretId=SLACK_SECRET, SecretString=text)
 
 
 def test_forms_of_the_webhook_secret(sandbox: Sandbox, configure: Configure) -> None:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
-import threading
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from helpers import (
     responds,
     serve,
     shipped_with,
+    stalled,
 )
 from redshift import DropConnection, RedshiftError
 from sandbox import BUCKET, USER, Sandbox
@@ -242,18 +241,9 @@ def test_a_load_that_is_going_on(sandbox: Sandbox, tmp_path: Path) -> None:
 
 
 def test_ctrl_c_ends_it(sandbox: Sandbox, tmp_path: Path) -> None:
-    waiting, over = threading.Event(), threading.Event()
-
-    def stall(_: BaseHTTPRequestHandler) -> None:
-        waiting.set()
-        over.wait(60)
-
-    sandbox.source.answers = [stall]
-    process = sandbox.start("--check", plainly=True, TMPDIR=str(tmp_path))
-    assert waiting.wait(60)
-    process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=60)
-    over.set()
+    with stalled(sandbox, "--check", plainly=True, TMPDIR=str(tmp_path)) as process:
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGINT
     assert stdout.splitlines()[-1] == "rights: ok"
     assert "Traceback" not in stderr

@@ -16,8 +16,8 @@ from unittest import mock
 import pytest
 import yaml
 
-from helpers import count, messages, responds, things
-from sandbox import LIBRARY_CONFIG, QUERY_CONFIG, ROOT, SECRET, Sandbox
+from helpers import Answer, Records, count, messages, responds, things
+from sandbox import LIBRARY_CONFIG, QUERY_CONFIG, ROOT, SAMPLE, SECRET, Sandbox
 
 DRAFT = str(ROOT / "conf" / "draft.py")
 Draft = Callable[..., str]
@@ -50,6 +50,11 @@ def load(sandbox: Sandbox, text: str, tmp_path: Path) -> dict[str, int]:
     return {name: count(sandbox, name) for name in tables}
 
 
+def with_arrays(text: str) -> str:
+    """The draft with the tables of arrays, which it has as comments."""
+    return re.sub("(?m)^# ( .*)", r"\1", text)
+
+
 def test_the_sample(sandbox: Sandbox, draft: Draft, tmp_path: Path) -> None:
     text = draft(sandbox.source.url)
     columns = {line.strip() for line in text.splitlines() if line.startswith("      ")}
@@ -57,9 +62,8 @@ def test_the_sample(sandbox: Sandbox, draft: Draft, tmp_path: Path) -> None:
     for line in wanted:
         assert any(column.startswith(line) for column in columns), line
     assert load(sandbox, text, tmp_path) == {"public.launches": 30}
-    text = re.sub("(?m)^# ( .*)", r"\1", text)  # with the tables of arrays
-    rows = load(sandbox, text.replace("public.launches", "public.l"), tmp_path)
-    assert rows["public.l_cores"] == 38
+    text = with_arrays(text).replace("public.launches", "public.l")
+    assert load(sandbox, text, tmp_path)["public.l_cores"] == 38
 
 
 def test_launch_library(sandbox: Sandbox, draft: Draft, tmp_path: Path) -> None:
@@ -68,120 +72,52 @@ def test_launch_library(sandbox: Sandbox, draft: Draft, tmp_path: Path) -> None:
     assert load(sandbox, text, tmp_path) == {"public.launches": 12}
 
 
-# A document as YAML, what is in its draft, and the rows of the tables.
-APIS: dict[str, tuple[str, str, dict[str, int]]] = {
-    "GitHub": (
-        """
-        - &issue {id: 2000000007, title: The rocket 🚀 leaks, labels: [{id: 208045946, name: bug}],
-           closed_at: null, body: "first line\\nsecond line", reactions: {"+1": 2, "-1": 1},
-           assignee: null}
-        - {<<: *issue, id: 2000000008,
-           assignee: {login: hubot}, pull_request: {merged_at: "2026-01-02T03:04:06Z"}}""",
-        """key: [id]
-        id: bigint not null
-        reactions.+1: integer as reactions_plus_1
-        reactions.-1: integer as reactions_minus_1
-        pull_request.merged_at: timestamptz
-        closed_at: super # null in all of them
-        assignee.login: varchar(16) # longest 5 bytes""",
-        {"": 2, "_labels": 2},
-    ),
-    # The records differ: so did this service's, when temperatures got units.
-    "weather": (
-        """
-        "@context": ["https://geojson.example", {"@version": "1.1"}]
-        properties:
-          updateTime: "2026-01-01T09:00:00+00:00"
-          periods:
-          - {number: 1, startTime: "2026-01-01T18:00:00-05:00", temperature: 41,
-             rain: {unitCode: "wmoUnit:percent", value: null}}
-          - {number: 2, startTime: "2026-01-02T06:00:00-05:00", dewpoint: 3.25,
-             temperature: {unitCode: "wmoUnit:degC", value: 5.5},
-             rain: {unitCode: "wmoUnit:percent", value: 20}}""",
-        """records: properties.periods
-        key: [number]
-        startTime: varchar(64) # as a timestamptz it would lose its offset
-        temperature: super # values of different kinds
-        rain.value: integer
-        dewpoint: double precision""",
-        {"": 2},
-    ),
-    "exchange": (
-        """
-        status: ok
-        data:
-        - {symbol: ETH-BTC, 24h: "-0.00012000", last: "0.03151000", oid: 1}
-        - {symbol: BTC-EUR, 24h: "1234.5", last: "91234.56", oid: 1}""",
-        """records: data
-        key: [symbol]
-        24h: decimal(18,8) as _24h # numbers in quotes
-        last: decimal(18,8) # numbers in quotes
-        oid: integer as oid_""",
-        {"": 2},
-    ),
-    "CMS": (
-        """
-        - &post {id: 1, date: "2026-01-02T03:04:05", größe: 1, meta.seo: "", tags: [4, 5],
-                 _links: {self: [{href: "https://cms.example/1"}], "wp:term": []}}
-        - {<<: *post, id: 2}""",
-        """date: timestamp
-        größe: integer as grosse
-        meta\\.seo: varchar(16) # longest 0 bytes
-        tags: super # an array
-        _links.wp:term: super # an array""",
-        {"": 2, "__links_self": 2},
-    ),
-    "Ethereum": (
-        """
-        next_page_params: null
-        items:
-        - &block {height: 21000001, total_difficulty: 58750003716598352816469, transactions:
-                  [{value: 1000000000000000000, position: 0}, {value: 1, position: 1}]}
-        - {<<: *block, height: 21000002}""",
-        """records: items
-        # next and next_param? There is: next_page_params
-        key: [height]
-        total_difficulty: decimal(38,0)
-        # value: bigint
-        # key: [thing_height, position]""",
-        {"": 2, "_transactions": 4},
-    ),
-}
+APIS = yaml.safe_load((SAMPLE.parent / "apis.yaml").read_text("utf-8"))
 
 
-@pytest.mark.parametrize(("document", "lines", "rows"), APIS.values(), ids=APIS)
-def test_other_apis(
-    sandbox: Sandbox, draft: Draft, tmp_path: Path, document: str, lines: str, rows: dict[str, int]
-) -> None:
-    sandbox.source.answers = [responds(200, yaml.safe_load(document))] * 3
+@pytest.mark.parametrize("api", APIS)
+def test_other_apis(sandbox: Sandbox, draft: Draft, tmp_path: Path, api: str) -> None:
+    answered, lines, rows = (APIS[api][name] for name in ("answer", "draft", "rows"))
+    sandbox.source.answers = [responds(200, answered)] * 3
     text = draft(sandbox.source.at("https://api.example.org/v1/things?per_page=2"))
     seen = [re.sub(" +", " ", line.replace('"', "").strip()) for line in text.splitlines()]
-    assert [line.strip() for line in lines.splitlines() if line.strip() not in seen] == [], text
+    assert [line for line in lines.splitlines() if line not in seen] == [], text
     assert load(sandbox, text, tmp_path) == {"public.things": rows[""]}
     if len(rows) > 1:
-        text = re.sub("(?m)^# ( .*)", r"\1", text).replace("public.things", "public.t")
+        text = with_arrays(text).replace("public.things", "public.t")
         loaded = load(sandbox, text, tmp_path)
         assert {name: loaded[f"public.t{name}"] for name in rows} == rows
 
 
-def test_pages_by_the_header_link(sandbox: Sandbox, draft: Draft, tmp_path: Path) -> None:
-    first = responds(200, things(1, 2), Link='</v5/launches?page=2>; rel="next"')
-    sandbox.source.answers = [first, first, responds(200, things(3))]
-    text = draft(sandbox.source.url)
-    assert "  next: Link\n" in text
-    assert load(sandbox, text, tmp_path) == {"public.launches": 3}
+def members(records: Records, cursor: str) -> Answer:
+    meta = {"next_cursor": cursor}
+    return responds(200, {"members": records, "response_metadata": meta})
 
 
-def test_pages_by_a_cursor(sandbox: Sandbox, draft: Draft, tmp_path: Path) -> None:
-    first, last = (
-        responds(200, {"members": members, "response_metadata": {"next_cursor": cursor}})
-        for members, cursor in ((things(1, 2), "dXNlcjpV=="), (things(3), ""))
-    )
-    sandbox.source.answers = [first, first, last]
+# The pages, what the draft says of them, and how the second is asked for.
+STYLES: dict[str, tuple[list[Answer], str, str]] = {
+    "Link": (
+        [responds(200, things(1, 2), Link='<?page=2>; rel="next"'), responds(200, things(3))],
+        "  next: Link\n",
+        "page=2",
+    ),
+    "cursor": (
+        [members(things(1, 2), "dXNlcjpV=="), members(things(3), "")],
+        "  next: response_metadata.next_cursor\n  next_param: cursor\n",
+        "cursor=dXNlcjpV%3D%3D",
+    ),
+}
+
+
+@pytest.mark.parametrize(("pages", "lines", "query"), STYLES.values(), ids=STYLES)
+def test_pages(
+    sandbox: Sandbox, draft: Draft, tmp_path: Path, pages: list[Answer], lines: str, query: str
+) -> None:
+    sandbox.source.answers = [*pages[:1], *pages]
     text = draft(sandbox.source.url)
-    assert "  next: response_metadata.next_cursor\n  next_param: cursor\n" in text
+    assert lines in text
     assert load(sandbox, text, tmp_path) == {"public.launches": 3}
-    assert sandbox.source.requests[-1] == "/v5/launches?cursor=dXNlcjpV%3D%3D"
+    assert sandbox.source.requests[-1] == f"/v5/launches?{query}"
 
 
 def test_the_example_of_the_readme(sandbox: Sandbox, draft: Draft, tmp_path: Path) -> None:
@@ -220,24 +156,19 @@ def test_secrets_that_stay_unsaid(sandbox: Sandbox, draft: Draft, tmp_path: Path
 def test_what_is_wrong_gets_a_sentence(
     sandbox: Sandbox, draft: Draft, tmp_path: Path, pauses: list[float]
 ) -> None:
-    path = tmp_path / "things.json"
-    for content, message in (
-        ("[]", "there are no records"),
-        ("[1]", "record 1 is not an object: 1"),
-        ("<html>", "no JSON array"),
+    url = sandbox.source.url
+    sandbox.source.answers = [responds(200, {"errors": [{"message": "no such field"}]})]
+    for name, content, message in (
+        ("things.json", "[]", "there are no records"),
+        ("things.json", "[1]", "record 1 is not an object: 1"),
+        ("things.json", "<html>", "HTML"),
+        ("source.yaml", "tables: {}", "source.url: missing"),
+        ("source.yaml", "source: {url: 'x?${NOT_SET}'}", "${NOT_SET} is not set"),
+        ("source.yaml", "source: [", "line 1"),
+        ("source.yaml", f"source: {{url: '{url}', body: '{{}}'}}", "no such field"),
     ):
-        path.write_text(content)
-        assert message in draft(path, status=1)
-    path = tmp_path / "source.yaml"
-    for content, message in (
-        ("tables: {}", "source.url: missing"),
-        ("source: {url: 'x?${NOT_SET}'}", "${NOT_SET} is not set"),
-        ("source: [", "line 1"),
-        (f"source: {{url: '{sandbox.source.url}', body: '{{}}'}}", "no such field"),
-    ):
-        sandbox.source.answers = [responds(200, {"errors": [{"message": "no such field"}]})]
-        path.write_text(content)
-        assert message in draft(path, status=1)
+        (tmp_path / name).write_text(content)
+        assert message in draft(tmp_path / name, status=1)
     said = draft("http://localhost:1/?key=s3cret", status=1)
     assert said.startswith("http://localhost:1/: GET http://localhost:1/: ConnectionError")
     assert len(pauses) == 5

@@ -15,6 +15,7 @@ import pytest
 
 from helpers import (
     AUDIT,
+    CANARY,
     CORES,
     JSON,
     LAUNCHES,
@@ -22,17 +23,20 @@ from helpers import (
     Done,
     Record,
     assert_failed,
+    error,
     fewer_launches,
     launches,
     loaded,
     log_entries,
     messages,
     responds,
+    sends,
     serve,
+    set_webhook,
     shipped_with,
 )
 from redshift import RedshiftError
-from sandbox import BUG, NO_PAUSES, PASSWORD, PING, REGION, SAMPLE, SLACK_SECRET, WEBHOOK, Sandbox
+from sandbox import BUG, NO_PAUSES, PASSWORD, PING, REGION, SAMPLE, WEBHOOK, Sandbox
 
 AWAY = 75  # EX_TEMPFAIL
 STEPS = ("extract", "transform", "stage", "load")
@@ -229,16 +233,22 @@ def secrets_manager(status: int, kind: str) -> Answer:
 
 NO_REGION = {"AWS_REGION": None, "AWS_EC2_METADATA_DISABLED": "true"}
 NO_KEYS = NO_REGION | {"AWS_REGION": REGION, "AWS_ACCESS_KEY_ID": None}
+NO_BUCKET = {"staging": {"bucket": "no-such-bucket"}}
 LIMITED = responds(429, Retry_After="2000")
 # What is wrong; the exit status, and how the error begins.
 ENDS: dict[str, tuple[dict[str, Any], int, str]] = {
-    "too many requests": ({"source": LIMITED}, AWAY, "extract: gave up: GET "),
+    "too many requests": ({"source": [LIMITED]}, AWAY, "extract: gave up: GET "),
+    "source away": (
+        {"arguments": ("--source", "http://127.0.0.1:9/")},  # nobody listens
+        AWAY,
+        "extract: GET http://127.0.0.1:9/: .*attempt 6",
+    ),
     "throttled": ({"aws": secrets_manager(400, "ThrottlingException")}, AWAY, "connect: "),
     "aws away": ({"aws": secrets_manager(503, "ServiceUnavailable")}, AWAY, "connect: "),
     "denied": ({"aws": secrets_manager(400, "AccessDeniedException")}, 1, "connect: "),
     "no credentials": (NO_KEYS, 1, "connect: .*credentials"),
     "no region": (NO_REGION, 1, "connect: no AWS region"),
-    "no bucket": ({"bucket": "no-such-bucket"}, 1, "stage: cannot write s3://no-such-bucket"),
+    "no bucket": (NO_BUCKET, 1, "stage: cannot write s3://no-such-bucket"),
 }
 
 
@@ -247,51 +257,37 @@ def test_what_may_mend_itself_has_a_status_of_its_own(
     sandbox: Sandbox, tmp_path: Path, wrong: dict[str, Any], status: int, says: str
 ) -> None:
     environment: dict[str, Any] = {name: wrong[name] for name in wrong if name in NO_KEYS}
-    if "source" in wrong:
-        sandbox.source.answers = [wrong["source"]]
+    sandbox.source.answers = wrong.get("source", [])
     if "aws" in wrong:
         sandbox.heartbeat.answers = [wrong["aws"]] * 9
         environment["AWS_ENDPOINT_URL_SECRETS_MANAGER"] = sandbox.heartbeat.at("")
-    config = shipped_with(tmp_path, staging={"bucket": wrong.get("bucket", "my-data-bucket")})
-    done = sandbox.run(*config, patch=NO_PAUSES, HOME=str(tmp_path), **environment)
-    assert done.returncode == status, done.stderr
-    (error,) = messages(done, "ERROR")
-    assert re.match(says, error)
-
-
-def test_a_source_that_is_away(sandbox: Sandbox) -> None:
-    done = sandbox.run("--source", "http://127.0.0.1:9/", patch=NO_PAUSES)  # nobody listens
-    assert_failed(done, "extract: GET http://127.0.0.1:9/: ", "attempt 6", status=AWAY)
+    arguments = (
+        *wrong.get("arguments", ()),
+        *shipped_with(tmp_path, staging=wrong.get("staging", {})),
+    )
+    done = sandbox.run(*arguments, patch=NO_PAUSES, HOME=str(tmp_path), **environment)
+    assert_failed(done, status=status)
+    assert re.match(says, error(done))
 
 
 # --- secrets -------------------------------------------------------------------------------------
 
-# Every secret has this in it, and it stays the same when it is quoted, shortened or lower case.
-CANARY = "C4N4RY"
+# Every secret has the canary in it, which stays the same when it is quoted or shortened.
 USER_PASSWORD = f"{CANARY}-user:{CANARY}-pass"
 HALF = responds(200, b"[", Content_Length="100")
-
-
-def redirects(to: str) -> Answer:
-    return responds(302, Location=to)
-
-
-def odd_headers(handler: Any) -> None:
-    handler.close_connection = True
-    odd = b"HTTP/1.1 200 OK\r\nContent-Length: 65647\r\nno colon here\r\n\r\n"
-    handler.wfile.write(odd + SAMPLE.read_bytes())
-
-
+ODD_HEADERS = b"HTTP/1.1 200 OK\r\nContent-Length: 65647\r\nno colon here\r\n\r\n"
+FTP = responds(302, Location=f"ftp://{USER_PASSWORD}@127.0.0.1/{CANARY}")
+AGAIN = responds(302, Location=f"/again?token={CANARY}")
 # What is wrong; the exit status is 1 unless it says another.
 KINDS: dict[str, dict[str, Any]] = {
     "success": {"status": 0},
-    "odd headers": {"status": 0, "answers": [odd_headers]},
+    "odd headers": {"status": 0, "answers": [sends(ODD_HEADERS, SAMPLE.read_bytes())]},
     "retries": {"answers": [HALF, responds(429, Retry_After="0"), responds(410)]},
-    "redirect to ftp": {"answers": [redirects(f"ftp://{USER_PASSWORD}@127.0.0.1/{CANARY}")]},
-    "endless redirects": {"answers": [redirects(f"/again?token={CANARY}")] * 40},
+    "redirect to ftp": {"answers": [FTP]},
+    "endless redirects": {"answers": [AGAIN] * 40},
     "misspelt scheme": {"source": f"htps://{USER_PASSWORD}@127.0.0.1/?token={CANARY}"},
     "proxy": {"source": f"http://nowhere.invalid/?token={CANARY}", "answers": [responds(407)] * 9},
-    "no bucket": {"staging": {"bucket": "no-such-bucket"}},
+    "no bucket": NO_BUCKET,
     "no JSON": {"secret": f"PASSWORD={CANARY}"},
     "no host": {"login": {"HOST": f"{CANARY} {CANARY}"}},
     "wrong password": {"login": {"PASSWORD": CANARY}},
@@ -314,9 +310,7 @@ def test_no_secret_is_shown(sandbox: Sandbox, tmp_path: Path, kind: str) -> None
     sandbox.as_user(*wrong.get("statements", []))
     # Half of the runs have alerts that arrive, half have alerts that fail.
     webhook = sandbox.slack.url if number % 4 < 2 else f"http://{USER_PASSWORD}@127.0.0.1:9"
-    sandbox.secrets.put_secret_value(
-        SecretId=SLACK_SECRET, SecretString=json.dumps({"URL": f"{webhook}/{CANARY}"})
-    )
+    set_webhook(sandbox, json.dumps({"URL": f"{webhook}/{CANARY}"}))
     alerts = sandbox.alerts("failure", "success")
     alerts["heartbeat_url"] += f"/{CANARY}?{CANARY}"
     config = shipped_with(
@@ -348,11 +342,6 @@ def test_no_secret_is_shown(sandbox: Sandbox, tmp_path: Path, kind: str) -> None
         assert secret.lower() not in shown.lower()
 
 
-def repeats(secret: str) -> Answer:
-    """Refuses, and says in its status line what must not be said."""
-    return lambda handler: handler.send_error(403, f"not for {secret}")
-
-
 def test_a_secret_that_a_server_repeats_is_masked(sandbox: Sandbox, tmp_path: Path) -> None:
     """The run itself fails when a secret is in its log; the alerts are looked at here."""
 
@@ -362,16 +351,17 @@ def test_a_secret_that_a_server_repeats_is_masked(sandbox: Sandbox, tmp_path: Pa
 
     sandbox.redshift.hook = repeat_password
     config = shipped_with(tmp_path, alerts=sandbox.alerts("failure"))
-    (error,) = log_entries(sandbox.run(*JSON, *config), "ERROR")
+    (entry,) = log_entries(sandbox.run(*JSON, *config), "ERROR")
     got = sandbox.received()
     assert PASSWORD not in str(got)
-    for text in (error["message"], got["slack"][0]["text"], got["sns"][0]["Message"]):
+    for text in (entry["message"], got["slack"][0]["text"], got["sns"][0]["Message"]):
         assert "not for ***" in text
 
     sandbox.redshift.hook = None
-    refuses = repeats(f"/services/{WEBHOOK}")
+    refuses = sends(f"HTTP/1.1 403 not for /services/{WEBHOOK}\r\n\r\n".encode())
     sandbox.slack.answers = [refuses]
-    sandbox.heartbeat.answers = [repeats(f"/{PING} nor id=Qu3ry-of-it")]
+    query = f"/{PING} nor id=Qu3ry-of-it"
+    sandbox.heartbeat.answers = [sends(f"HTTP/1.1 403 not for {query}\r\n\r\n".encode())]
     alerts = sandbox.alerts("success")
     alerts["heartbeat_url"] += "?id=Qu3ry-of-it"
     done = sandbox.run(*JSON, *shipped_with(tmp_path, alerts=alerts))

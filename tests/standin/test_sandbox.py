@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import signal
-import threading
-from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import psutil
 import pytest
 
+from helpers import stalled
 from sandbox import NO_PAUSES, Sandbox
 
 in_both_ways = pytest.mark.parametrize("plainly", [True, False], ids=["plainly", "forked"])
@@ -17,20 +16,12 @@ in_both_ways = pytest.mark.parametrize("plainly", [True, False], ids=["plainly",
 
 @in_both_ways
 def test_a_run_is_a_process_of_its_own(sandbox: Sandbox, tmp_path: Path, plainly: bool) -> None:
-    begun, over = threading.Event(), threading.Event()
-
-    def stall(_: BaseHTTPRequestHandler) -> None:
-        begun.set()
-        over.wait(60)
-
-    sandbox.source.answers = [stall]
-    process = sandbox.start("--dry-run", cwd=tmp_path, plainly=plainly, TMPDIR=str(tmp_path))
-    assert begun.wait(60)
-    assert psutil.Process(process.pid).cwd() == str(tmp_path)
-    assert process.poll() is None
-    process.send_signal(signal.SIGKILL)
-    stdout, stderr = process.communicate(timeout=60)
-    over.set()
+    options = {"cwd": tmp_path, "plainly": plainly, "TMPDIR": str(tmp_path)}
+    with stalled(sandbox, "--dry-run", **options) as process:
+        assert psutil.Process(process.pid).cwd() == str(tmp_path)
+        assert process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        stdout, stderr = process.communicate(timeout=60)
     assert (process.returncode, stdout) == (-signal.SIGKILL, "")
     assert stderr.endswith(f"from {sandbox.source.url}\n")
     assert not psutil.pid_exists(process.pid)
