@@ -152,7 +152,7 @@ TYPE = rf"({KIND}|varchar\(\d{{1,5}}\)|decimal\(\d\d?,\d\d?\))( not null)?( as {
 def setting(rule: str, default: Any = MISSING) -> Any:
     """A field that the file sets, to a text that matches the pattern; required without a default.
 
-    Where the field is a tuple the file has one text or several, where it is a dict a mapping.
+    A tuple of texts may be one text in the file; columns and headers are mappings, which may lack.
     """
     return field(default=default, metadata={"rule": rule})
 
@@ -565,7 +565,7 @@ def masked(text: str) -> str:
 
 
 def escaped(text: str) -> str:
-    """The text with escapes for what could command a terminal or look like another line."""
+    """The text with escapes for what could command a terminal, but for line feeds."""
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
@@ -672,10 +672,10 @@ def extract(config: Config, folder: Path, figures: Figures, pages: int | None = 
         if not target.is_file():
             raise PipelineError(f"{masked(source.url)} is no file, nor a URL of http, https or s3")
     if is_one_object(target) and not re.search(r"\.ndjson(\.gz)?$", source.url):
-        answer, keys = read_answer(target, "the source"), key_paths(config)
-        has_records = isinstance(dig(answer, split_path(source.records)), list)
-        is_record = not keys or any(dig(answer, path) is not None for path in keys)
-        is_record = is_record and not has_records
+        answer = read_answer(target, "the source")
+        is_page = isinstance(dig(answer, split_path(source.records)), list)
+        # Else it is the only record of a file, if it has what tells records apart.
+        is_record = not is_page and any(dig(answer, path) is not None for path in key_paths(config))
         records = [answer] if is_record else records_of(answer, source, "the source")
         return write_pages([records], config, folder, figures)
     return target
@@ -847,7 +847,7 @@ def write_pages(pages: Iterable[list[Any]], config: Config, folder: Path, figure
     A record that comes again on a later page, because the list moved meanwhile, is kept as it is
     there. Within one page it stays twice, for the check of the keys.
     """
-    key = key_paths(config) or [()]
+    key = key_paths(config)
     last_page: dict[str, str] = {}  # of the record with a key
     figures |= {"pages": 0, "records": 0}
     with (folder / "pages").open("w") as file:
@@ -864,8 +864,8 @@ def write_pages(pages: Iterable[list[Any]], config: Config, folder: Path, figure
 
 
 def key_paths(config: Config) -> list[tuple[str, ...]]:
-    """Where a record has the keys of its tables."""
-    return [c.path for t in config.tables if not t.rows for c in t.columns if c.in_key]
+    """Where a record has the keys of its tables; itself, where these are of its elements only."""
+    return [c.path for t in config.tables if not t.rows for c in t.columns if c.in_key] or [()]
 
 
 def read_pages(session: Any, source: Source, file: Path, figures: Figures) -> Iterator[list[Any]]:
@@ -1434,8 +1434,8 @@ def warn_of_large_rows(table: Table, frame: pd.DataFrame, lines: list[bytes]) ->
 class Stager:
     """Compresses the files of a run, uploads them to S3 and deletes them here.
 
-    It does so in threads beside the parsing: zlib and the network release the GIL. Without a client
-    the parts stay in the folder, and the response is not staged.
+    Until ``finish`` it does so in threads beside the parsing: zlib and the network release the GIL.
+    Without a client the parts stay in the folder, and the response is not staged.
     """
 
     def __init__(self, run: Run, folder: Path, s3: Any) -> None:
@@ -2093,7 +2093,7 @@ def log_failure(error: BaseException, **figures: Any) -> str:
 def run_steps(run: Run, dry_run: bool) -> str:
     """Extracts, transforms, stages and loads; returns a text with the rows that each table has now.
 
-    Raises PipelineError; then no target has changed.
+    Raises PipelineError; then no row has changed, though tables may have been made or altered.
     """
     config = run.config
     # What is entered first is left last: when signals are ignored again, the folder is removed.
@@ -2191,7 +2191,7 @@ def stoppable() -> Iterator[None]:
 
 
 def check(config: Config) -> int:
-    """Tries, in the order of a run, all that one needs, and returns the exit status.
+    """Tries all that a run needs, from its configuration to COPY, and returns the exit status.
 
     Prints a line for each. After a failure it goes on with what can be tried all the same.
     """
@@ -2243,19 +2243,21 @@ def attempt(name: str, failed: set[str]) -> Iterator[list[str]]:
 
 
 def check_rights(cursor: Any, run: Run) -> None:
-    """Raises PipelineError where the database user lacks a right, or gets no lock in time."""
+    """Raises PipelineError where the database user lacks a right, or gets no lock in time.
+
+    Makes a temporary table, for which there is a right, too, and begins a transaction.
+    """
     execute(cursor, create_sql(run.config.tables[0], temporary=True))
-    lacking = list[str]()
+    lacking = dict[str, None]()
     for table in (*run.config.tables, audit_table(run.config)):
         existing, schema = existing_columns(cursor, table), table.name.partition(".")[0]
         kind, name = ("TABLE", table.name) if existing else ("SCHEMA", schema)
         for right in ("SELECT", "INSERT", "DELETE") if existing else ("CREATE",):
             sql = f"SELECT has_{kind}_privilege({literal(name)}, {literal(right)})"
             if not execute(cursor, sql).fetchone()[0]:
-                lacking.append(f"{right} ON {kind} {name}")
+                lacking[f"{right} ON {kind} {name}"] = None
     if lacking:
-        what = ", ".join(dict.fromkeys(lacking))
-        raise PipelineError(f"the user lacks {what}: the owner or a superuser has to GRANT it")
+        raise PipelineError(f"the user lacks {', '.join(lacking)}: the owner has to GRANT it")
     if existing:  # of the audit table, the last
         execute(cursor, "SET statement_timeout TO 10000")
         is_loaded(cursor, run)

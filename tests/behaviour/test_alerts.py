@@ -209,6 +209,10 @@ def test_a_wrong_configuration_is_told(sandbox: Sandbox, configure: Configure) -
     assert done.returncode == 2
     reason, _ = check_failure(sandbox, done)
     assert re.search(r"2 fault.*\n  staging\.bucket: .*\n  staging\.part_mb: ", reason)
+    set_webhook(sandbox, f"{REFUSES}/{WEBHOOK}")
+    done = sandbox.run(*JSON, *configure(**WRONG))
+    (failed,) = log_of(done, "WARNING")
+    assert re.search(r"slack: .*refused$", failed), failed
 
 
 # --- what a success says -------------------------------------------------------------------------

@@ -161,7 +161,7 @@ def test_what_is_wrong_gets_a_sentence(
     for name, content, message in (
         ("things.json", "[]", "there are no records"),
         ("things.json", "[1]", "record 1 is not an object: 1"),
-        ("things.json", "<html>", "HTML"),
+        ("things.json", "<html>", "no JSON array"),
         ("source.yaml", "tables: {}", "source.url: missing"),
         ("source.yaml", "source: {url: 'x?${NOT_SET}'}", "${NOT_SET} is not set"),
         ("source.yaml", "source: [", "line 1"),

@@ -500,6 +500,7 @@ SAID: dict[str, tuple[Answer, str]] = {
     "text": (responds(404, b"No such\n\n   launch\t"), NO_SUCH),
     "JSON": (responds(404, {"detail": "x"}), 'HTTP 404 Not Found: {"detail": "x"}, attempt 1'),
     "long": (responds(404, b"x" * 100_000), "x" * 200 + "…, attempt 1"),
+    "half a secret": (responds(404, b"x" * 195 + b"S3cret-T0ken"), f"{'x' * 195}***, attempt 1"),
     "nothing": (responds(404), "HTTP 404 Not Found, attempt 1"),
     "not UTF-8": (responds(404, b"caf\xe9"), "caf\ufffd"),
     "coded": (responds(404, gzip.compress(b"No such launch"), Content_Encoding="gzip"), NO_SUCH),
@@ -512,4 +513,4 @@ SAID: dict[str, tuple[Answer, str]] = {
 def test_a_4xx_shows_what_the_server_said(fetch: Fetch, kind: str) -> None:
     respond, shown = SAID[kind]
     with pytest.raises(PipelineError, match=re.escape(shown)):
-        fetch(respond)
+        fetch(respond, headers={"X-Token": "S3cret-T0ken"})

@@ -244,13 +244,16 @@ def test_all_pages(
 
 PAGE = {"count": 7, "next": "http://localhost:1/", "results": SEVEN}
 ONE = {"id": 1, "name": "a1", "parts": [{"id": 2}, {"id": 3}]}
+A_LINE_EACH = b'{"results": [\n{"id": 1},\n{"id": 2}\n]}'
 TWO_OBJECTS = b'{"id": 1}\r\n\n{"id": 2}'
 FILES: dict[str, tuple[Any, dict[str, str], Any]] = {
     "an array": (SEVEN, {}, SEVEN),
     "a page": (PAGE, PAGED, SEVEN),
+    "a page with what could be a key": ({"id": 9} | PAGE, {"records": "results"}, SEVEN),
+    "a page with a record a line": (A_LINE_EACH, {"records": "results"}, [{"id": 1}, {"id": 2}]),
     "a page below": ({"data": PAGE}, {"records": "data.results"}, SEVEN),
-    "a page, but records is not set": (PAGE, {}, "set it to results, which has 7"),
-    "a page with another name": (PAGE, {"records": "data"}, "set it to results, which has 7"),
+    "a page, but records is not set": (PAGE, {}, "set it to results"),
+    "a page with another name": (PAGE, {"records": "data"}, "set it to results"),
     "the records though records is set": (SEVEN, {"records": "results"}, SEVEN),
     "lines though records is set": (json_lines(SEVEN), {"records": "results"}, SEVEN),
     "one record": (ONE, {}, [ONE]),
