@@ -1681,11 +1681,11 @@ FROM {quoted(table.staging)}"""
 
 
 LOGIN_REFUSED, NO_SUCH_TABLE, BROKEN = "28000", "42P01", "08006"  # SQLSTATE
-# 40001: two loaders wrote the same table; 40P01: they wait for one another; 23505, 42701, 42P07:
-# two created a table or a column at the same moment (Redshift enforces no unique key of ours);
+# 40001: two loaders wrote the same table; 40P01: they wait for one another; 23505, 42701, 42710,
+# 42P07: two made a table or a column at the same moment (Redshift enforces no unique key of ours);
 # 55P03: no lock in time; 53, 57P0, 08: no room for another connection, the server stops or starts,
 # the connection broke.
-TRANSIENT_CODES = re.compile("40001|40P01|23505|42701|42P07|55P03|53...|57P0.|08...")
+TRANSIENT_CODES = re.compile("40001|40P01|23505|42701|42710|42P07|55P03|53...|57P0.|08...")
 # What has no code of its own: a conflict with isolation by serialization (1023) and by snapshots, a
 # table that somebody dropped while the catalog was read, S3 in COPY.
 TRANSIENT_TEXTS = re.compile(
