@@ -502,6 +502,7 @@ SAID: dict[str, tuple[Answer, str]] = {
     "JSON": (responds(404, {"detail": "x"}), 'HTTP 404 Not Found: {"detail": "x"}, attempt 1'),
     "long": (responds(404, b"x" * 100_000), "x" * 200 + "…, attempt 1"),
     "half a secret": (responds(404, b"x" * 195 + b"S3cret-T0ken"), f"{'x' * 195}***, attempt 1"),
+    "a 5xx": (responds(501, b"busy"), "HTTP 501 Not Implemented, attempt 1"),
     "nothing": (responds(404), "HTTP 404 Not Found, attempt 1"),
     "not UTF-8": (responds(404, b"caf\xe9"), "caf\ufffd"),
     "coded": (responds(404, gzip.compress(b"No such launch"), Content_Encoding="gzip"), NO_SUCH),
