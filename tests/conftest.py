@@ -29,7 +29,7 @@ from helpers import (
 )
 from sandbox import NO_PAUSES, SAMPLE, Sandbox, Source
 
-# How many documents tests/rules/test_documents.py makes in all. By default the same ones each time.
+# So many documents are made in test_documents.py and test_reader.py, by default the same ones.
 for name, examples in {"default": 500, "ci": 2_000, "nightly": 10_000}.items():
     settings.register_profile(
         name,
