@@ -291,6 +291,7 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: ClassVar = {"<": yaml.SafeLoader.yaml_implicit_resolvers["<"]}  # type: ignore[misc]
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The mapping; raises MarkedYAMLError where a key stands twice."""
         for key, times in Counter(key.value for key, _ in node.value).items():
             if times > 1:
                 raise yaml.MarkedYAMLError(None, None, f"{key!r} stands twice", node.start_mark)
@@ -512,6 +513,7 @@ class TextFormatter(logging.Formatter):
     """A line of text, followed by the traceback of an error that nobody expected."""
 
     def format(self, record: logging.LogRecord) -> str:
+        """One line, masked and escaped, but for a traceback."""
         moment = f"{datetime.fromtimestamp(record.created, UTC):%Y-%m-%dT%H:%M:%SZ}"
         begin = f"{moment} {record.levelname:7} {context['pipeline']} {context['step']}"
         text = f"{begin}: {record.getMessage().rstrip()}"
@@ -524,6 +526,7 @@ class JsonFormatter(logging.Formatter):
     """A line with a JSON object, with the names of Datadog's standard attributes."""
 
     def format(self, record: logging.LogRecord) -> str:
+        """One line, masked, with what the context and the record's figures say."""
         moment = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         line: dict[str, Any] = {"timestamp": moment.replace("+00:00", "Z")}
         line |= {"level": record.levelname, "message": masked(record.getMessage().rstrip())}
@@ -739,6 +742,7 @@ def download(session: Any, request: Request, file: Path, source: Source, figures
     method, body = ("POST", json.loads(request.body)) if request.body else ("GET", None)
     ask = partial(session.request, method, request.url, stream=True, timeout=HTTP_TIMEOUT)
     too_long = f"{request}: no end after source.answer_seconds, {source.answer_seconds} s"
+    before = figures.get("bytes", 0)
     tries, failures, give_up = 0, 0, time.monotonic() + source.max_wait
     while True:
         tries, status = tries + 1, 0
@@ -755,7 +759,7 @@ def download(session: Any, request: Request, file: Path, source: Source, figures
                 with file.open("wb") as target:
                     for piece in decoded(response):
                         target.write(piece)
-                        figures["bytes"] = figures.get("bytes", 0) + len(piece)
+                        figures["bytes"] = before + target.tell()
                         if length:
                             figures["percent"] = 100 * response.raw.tell() // length
                 figures.pop("percent", None)
@@ -913,8 +917,8 @@ def records_of(answer: Any, source: Source, what: str) -> list[dict[str, Any]]:
     """The records in an answer. Raises PipelineError where there is no array of objects."""
     records = dig(answer, split_path(source.records))
     if not isinstance(records, list):
-        fields = answer.items() if isinstance(answer, dict) else ()
-        arrays = [join_path([name]) for name, value in fields if isinstance(value, list)]
+        items = answer.items() if isinstance(answer, dict) else ()
+        arrays = [join_path([name]) for name, value in items if isinstance(value, list)]
         hint = f"; set it to {' or '.join(arrays)}" if arrays else ""
         raise PipelineError(f"{what}: no array at source.records: {shorten(answer, 200)}{hint}")
     for record in records:
@@ -1905,7 +1909,7 @@ def copy(cursor: Any, run: Run, table: Table, region: str) -> None:
     try:
         execute(cursor, copy_sql(run, table, region))
     except PipelineError as error:
-        reason = not isinstance(error, TransientError) and copy_error(cursor)
+        reason = None if isinstance(error, TransientError) else copy_error(cursor)
         raise type(error)(f"COPY for {table.name}: {reason or error}", error.code) from None
     (copied,) = execute(cursor, "SELECT pg_last_copy_count()").fetchone()
     staged = run.rows[table.name]
@@ -2033,9 +2037,9 @@ def tell(alerts: Alerts, event: str, what: str, lines: Sequence[str] = ()) -> di
 
 def send_slack(secret: str, event: str, _subject: str, text: str) -> None:
     """Posts a message to the incoming webhook whose URL is in the secret, as such or in JSON."""
-    url = "".join(re.findall(r'https?://[^\s"]*', read_secret(secret))[:1])
-    if not url:
+    if not (found := re.search(r'https?://[^\s"]*', read_secret(secret))):
         raise PipelineError(f"the secret {secret} holds no URL")
+    url = found[0]
     hide(url, urlsplit(url).path)
     icon = {"success": "✅ ", "failure": "❌ "}.get(event, "")
     text = html.escape(icon + text, quote=False)[:39_000]  # of 40,000 that Slack takes
@@ -2074,8 +2078,7 @@ def run_pipeline(config: Config, dry_run: bool, allow_shrink: bool) -> int:
         event, status = "failure", getattr(error, "status", 1)
         what = log_failure(error, duration=round(run.seconds * 1e9))
         lines = [f"staged, not loaded: {rows_text(run.rows, {}) or 'none'}"]
-    lines = [f"run: {run.id}", f"took: {run.seconds:.1f} s", *lines]
-    tell(alerts, event, what, lines)
+    tell(alerts, event, what, [f"run: {run.id}", f"took: {run.seconds:.1f} s", *lines])
     return status
 
 
@@ -2290,7 +2293,7 @@ def main(arguments: list[str] | None = None) -> int:
         is_tried_out = options.dry_run or options.check or options.test_alerts
         if isinstance(error, ConfigError) and error.alerts and not is_tried_out:
             import_packages()
-            tell(error.alerts, "failure", reason, [])
+            tell(error.alerts, "failure", reason)
         return getattr(error, "status", 1)
 
 
