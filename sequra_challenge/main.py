@@ -147,6 +147,9 @@ PORT = r"\d{1,4}|[1-5]\d{4}|6[0-4]\d{3}|65[0-4]\d\d|655[0-2]\d|6553[0-5]"
 HOST = r"[\w-]{1,63}(\.[\w-]{1,63})*"
 KIND = r"boolean|smallint|integer|bigint|real|double precision|date|timestamp|timestamptz|super"
 TYPE = rf"({KIND}|varchar\(\d{{1,5}}\)|decimal\(\d\d?,\d\d?\))( not null)?( as {NAME})?( not null)?"
+# What a value must be, where the pattern is hard to read.
+PHRASES = {TYPE: "be a type such as varchar(24), bigint not null or decimal(10,2) as price"}
+PHRASES |= {PORT: "be 1 to 65535"}
 
 
 def setting(rule: str, default: Any = MISSING) -> Any:
@@ -259,7 +262,7 @@ class Table:
         return [column.name for column in self.columns]
 
     @cached_property
-    def objects(self) -> dict[Column, list[tuple[str, ...]]]:
+    def paths_by_object(self) -> dict[Column, list[tuple[str, ...]]]:
         """The objects in a row that hold the values, outer ones first, and the paths in each."""
         paths = {c.path[:depth] for c in self.columns for depth in range(1, len(c.path) + 1)}
         inner = defaultdict[Column, list[tuple[str, ...]]](list)
@@ -310,7 +313,7 @@ def load_config(path: Path, url: str | None = None) -> Config:
     except Exception as error:  # a YAMLError, and for odd tags and depths whatever PyYAML meets
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     faults: list[str] = []
-    if url and isinstance(document, dict) and isinstance(document.get("source"), dict):
+    if url is not None and isinstance(document, dict) and isinstance(document.get("source"), dict):
         document["source"]["url"] = url
     config: Config = read_section(Config, document, "", faults)
     possible = chain(source_faults(config.source), *map(table_faults, config.tables))
@@ -384,7 +387,8 @@ def read_text(pattern: str, given: Any, at: str, faults: list[str]) -> str:
     if is_null(given):
         faults.append(f"{at}: missing")
     elif not isinstance(given, str) or not re.fullmatch(pattern, given, re.ASCII):
-        faults.append(f"{at}: must match {pattern}, not {shown(given, at)}")
+        rule = PHRASES.get(pattern, f"match {pattern}")
+        faults.append(f"{at}: must {rule}, not {shown(given, at)}")
     return "" if is_null(given) else str(given)
 
 
@@ -438,13 +442,13 @@ def table_faults(table: Table) -> Iterator[tuple[Any, str]]:
         yield table.names.count(name) > 1, f"{path}: another path gives {name!r} too: {own}"
         yield not 0 < size[0] <= most, f"{path}: {kind}: {column.kind} takes 1 to {most}"
         yield size[-1] > size[0], f"{path}: {kind}: the scale is larger than the precision"
-    comparable = {column.name for column in table.columns if column.kind != "super"}
-    named = {join_path(column.path): f", its column is {column.name!r}" for column in table.columns}
+    kinds = {column.name: column.kind for column in table.columns}
     used = {"key": table.key, "sort_key": table.sort_key, "dist_key": [table.dist_key]}
     for setting, names in used.items():
         for name in filter(None, names):
-            text = f"{name!r} is not a column that can be compared{named.get(name, '')}"
-            yield name not in comparable, f"{at}.{setting}: {text}"
+            fault = f"{at}.{setting}: {name!r} is"
+            yield name not in kinds, f"{fault} no column, of {', '.join(kinds)}"
+            yield kinds.get(name) == "super", f"{fault} a super, which cannot be compared"
 
 
 def expand(text: str, at: str, faults: list[str]) -> str:
@@ -453,7 +457,7 @@ def expand(text: str, at: str, faults: list[str]) -> str:
     def value(found: re.Match[str]) -> str:
         text = os.environ.get(found[1])
         if not text:
-            faults.append(f"{at}: {found[0]} is not set in the environment")
+            faults.append(f"{at}: {found[0]} is not set in the environment, or empty")
             return found[0]
         hide(text, mask=found[0])
         return json.dumps(text)[1:-1] if at == "source.body" else text
@@ -466,6 +470,8 @@ def source_faults(source: Source) -> Iterator[tuple[Any, str]]:
     for name, text in source.headers.items():
         is_header = re.fullmatch(r"[\w-]+: [ -~]*", f"{name}: {text}", re.ASCII)
         yield not is_header, f"source.headers.{name}: has characters that no header can have"
+    unsafe = is_http(source.url) and re.search(r"[\\\s]", source.url)
+    yield unsafe, "source.url: a space is written %20, a backslash %5C, also in a ${NAME}"
     yield source.step and not source.next_param, "source.next: a number needs source.next_param"
     yield source.next_param and source.next in ("", "Link"), "source.next_param: no cursor at next"
     yield source.body and not is_http(source.url), "source.body: is for a URL of http or https"
@@ -773,7 +779,7 @@ def download(session: Any, request: Request, file: Path, source: Source, figures
         failures += status != 429
         if failures == HTTP_TRIES or not may_pass:
             kind = UnavailableError if may_pass else PipelineError
-            raise kind(f"{request}: {reason}, attempt {tries}")
+            raise kind(f"{request}: {reason}" + f", attempt {tries}" * may_pass)
         again = f"again in {wait:.1f} s, at {datetime.now(UTC) + timedelta(seconds=wait):%H:%M:%SZ}"
         if time.monotonic() + wait > give_up:
             limit = f"source.max_wait, {source.max_wait} s"
@@ -985,13 +991,13 @@ def is_one_object(file: Path) -> bool:
     return False
 
 
-MARK = secrets.token_hex(8)  # random, so that it stands in no text of the source
+DECIMAL_MARK = secrets.token_hex(8)  # random, so that it stands in no text of the source
 
 
 def dump_exactly(value: Any) -> str:
     """JSON on one line in which each Decimal keeps its digits."""
-    text = json.dumps(value, default=lambda number: f"{MARK}{number}{MARK}")
-    return text.replace(f'"{MARK}', "").replace(f'{MARK}"', "")
+    text = json.dumps(value, default=lambda number: f"{DECIMAL_MARK}{number}{DECIMAL_MARK}")
+    return text.replace(f'"{DECIMAL_MARK}', "").replace(f'{DECIMAL_MARK}"', "")
 
 
 def open_body(path: Path) -> Any:
@@ -1119,7 +1125,7 @@ def flatten(records: Records, table: Table, columns: Columns, names: FieldNames)
     if not rows:
         return
     values: dict[tuple[str, ...], Sequence[Any]] = {(): rows}
-    for column, paths in table.objects.items():
+    for column, paths in table.paths_by_object.items():
         objects = checked(column, values[column.path], table, rows)
         names[source_path(table, column.path)].update(*objects)
         inner = [path[-1] for path in paths]
@@ -1341,7 +1347,7 @@ def to_frame(table: Table, columns: Columns) -> pd.DataFrame:
     frame = pd.DataFrame({n: pd.Series(columns[n], dtype=dtype) for n, dtype in dtypes.items()})
     # Redshift compares texts without the spaces at their end.
     keys = frame[list(table.key)].apply(lambda k: k.str.rstrip(" ") if k.dtype == object else k)
-    refuse_doubles(table, keys[keys.duplicated()].head(5).to_dict("records"))
+    refuse_doubles(table, keys[keys.duplicated()].drop_duplicates().head(5).to_dict("records"))
     return frame
 
 
@@ -1607,10 +1613,8 @@ def read_credentials(redshift: Redshift) -> dict[str, Any]:
     values = {"database": values.get("dbname"), "user": values.get("username")} | values
     rules = {"host": HOST, "port": PORT, "database": ".+", "user": ".+", "password": ".+"}
     login = {name: str(values.get(name) or getattr(redshift, name, "")) for name in rules}
-    proper = {
-        n for n, rule in rules.items() if re.fullmatch(rule, login[n]) and login[n].isprintable()
-    }
-    if lacking := ", ".join(name.upper() for name in rules if name not in proper):
+    unfit = [n for n in rules if not (re.fullmatch(rules[n], login[n]) and login[n].isprintable())]
+    if lacking := ", ".join(map(str.upper, unfit)):
         also = "redshift.host and redshift.database may be set in the configuration instead"
         raise PipelineError(f"the secret {secret} has no {lacking}, or none that can be; {also}")
     hide(login["password"])
@@ -1800,7 +1804,7 @@ def load(run: Run, region: str, lineage: dict[str, str]) -> Loaded:
         except TransientError as error:
             if tries == LOAD_TRIES:
                 with session(run.config.redshift) as cursor:
-                    if is_loaded(cursor, run):
+                    if begin_turn(cursor, run):
                         return dict(run.rows), {}
                 raise
             wait = 2**tries * random.uniform(0.5, 1)
@@ -1813,7 +1817,7 @@ def load_once(run: Run, region: str, lineage: dict[str, str]) -> Loaded:
         prepare_targets(cursor, run.config)
         for table in run.config.tables:
             copy(cursor, run, table, region)
-        return (dict(run.rows), {}) if is_loaded(cursor, run) else swap(cursor, run, lineage)
+        return (dict(run.rows), {}) if begin_turn(cursor, run) else swap(cursor, run, lineage)
 
 
 AUDIT_COLUMNS = """table_name varchar(255), mode varchar(16), source varchar(4096),
@@ -1856,7 +1860,7 @@ def planned_changes(cursor: Any, config: Config) -> dict[str, str]:
             changes[create_sql(table)] = ""
             continue
         old = quoted(table.name.partition(".")[2] + "_old")
-        fix = f"the next run makes a new table after: {alter} RENAME TO {old}"
+        fix = f"a run makes a new table once this one is out of the way: {alter} RENAME TO {old}"
         for column in (*table.columns, *META_COLUMNS):
             has = existing.pop(column.name, None)
             if has is None and not column.not_null:
@@ -1945,7 +1949,7 @@ LOCK_ADVICE = (
 )
 
 
-def is_loaded(cursor: Any, run: Run) -> bool:
+def begin_turn(cursor: Any, run: Run) -> bool:
     """Begins the transaction with the loaders' lock; tells whether the run is committed already."""
     audit = quoted(run.config.redshift.audit_table)
     execute(cursor, "BEGIN")
@@ -1965,9 +1969,8 @@ def swap(cursor: Any, run: Run, lineage: dict[str, str]) -> Loaded:
     """
     rows, difference = dict[str, int](), dict[str, int]()
     for table in run.config.tables:
-        (rows[table.name],) = execute(
-            cursor, f"SELECT count(*) FROM {quoted(table.name)}"
-        ).fetchone()
+        count = execute(cursor, f"SELECT count(*) FROM {quoted(table.name)}")
+        (rows[table.name],) = count.fetchone()
         refuse_shrinking(run, table, rows[table.name])
     for table in run.config.tables:
         deleted, loaded = execute(cursor, delete_sql(table)).rowcount, run.rows[table.name]
@@ -1997,11 +2000,9 @@ def refuse_shrinking(run: Run, table: Table, before: int) -> None:
     least = max(table.min_rows, math.ceil(round(before * (1 - table.max_shrink), 6)))
     after = run.rows[table.name]
     if after < least and table.mode == "replace" and not run.allow_shrink:
-        rows = (
-            f"{table.name} has {before} rows and would have {after}, at least {least} are expected"
-        )
-        limits = f"(min_rows {table.min_rows}, max_shrink {table.max_shrink})"
-        raise PipelineError(f"{rows} {limits}; if that is right, run once with --allow-shrink")
+        rows = f"{table.name} has {before} rows and would have {after}"
+        limit = f"fewer than {least} (min_rows {table.min_rows}, max_shrink {table.max_shrink})"
+        raise PipelineError(f"{rows}, {limit}; if that is right, run once with --allow-shrink")
 
 
 # --- notify -------------------------------------------------------------------------------------
@@ -2071,14 +2072,15 @@ def run_pipeline(config: Config, dry_run: bool, allow_shrink: bool) -> int:
     """Runs the pipeline once, tells people how it went, and returns the exit status."""
     run, alerts = Run(config, allow_shrink), Alerts() if dry_run else config.alerts
     context.update(run_id=run.id, step="run")
+    lines = [f"run: {run.id} from {config.source.url}"]
     try:
         what, event, status = run_steps(run, dry_run), "success", 0
-        lines = [record.getMessage() for record in warned.buffer]
     except (Exception, Stopped) as error:
         event, status = "failure", getattr(error, "status", 1)
         what = log_failure(error, duration=round(run.seconds * 1e9))
-        lines = [f"staged, not loaded: {rows_text(run.rows, {}) or 'none'}"]
-    tell(alerts, event, what, [f"run: {run.id}", f"took: {run.seconds:.1f} s", *lines])
+        lines += [f"staged, not loaded: {rows_text(run.rows, {}) or 'none'}"]
+    warnings = [r.getMessage() for r in warned.buffer if r.levelno == logging.WARNING]
+    tell(alerts, event, what, [*lines, f"took: {run.seconds:.1f} s", *warnings])
     return status
 
 
@@ -2123,9 +2125,8 @@ def run_steps(run: Run, dry_run: bool) -> str:
             return rows_text(run.rows, {})
         with step("stage", stager.figures):
             lineage = stager.finish()
-        with step("load", {}) as figures:
+        with step("load", {"tables": len(config.tables)}):
             rows, difference = load(run, s3.meta.region_name, lineage)
-            figures["tables"] = len(rows)
         context["step"] = "run"
         done = rows_text(rows, difference)
         figures = {"outcome": "success", "rows": rows, "difference": difference}
@@ -2225,7 +2226,7 @@ def check(config: Config) -> int:
             with attempt("copy", failed) as details, session(config.redshift) as cursor:
                 for table in config.tables:
                     copy(cursor, run, table, s3.meta.region_name)
-                details.append(rows_text(run.rows, {}))
+                details += [rows_text(run.rows, {})] + ["without a source"] * ("source" in failed)
         if "redshift" not in failed:
             with attempt("tables", failed) as details, session(config.redshift) as cursor:
                 for sql in planned_changes(cursor, config):
@@ -2263,7 +2264,7 @@ def check_rights(cursor: Any, run: Run) -> None:
         raise PipelineError(f"the user lacks {', '.join(lacking)}: the owner has to GRANT it")
     if existing:  # of the audit table, the last
         execute(cursor, "SET statement_timeout TO 10000")
-        is_loaded(cursor, run)
+        begin_turn(cursor, run)
 
 
 # --- main ---------------------------------------------------------------------------------------
@@ -2300,15 +2301,15 @@ def main(arguments: list[str] | None = None) -> int:
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """The options of the command line; exits with status 2 where they are wrong."""
     parser = argparse.ArgumentParser(description="Load a JSON API into Amazon Redshift.")
-    option = parser.add_argument
+    option, alone = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
     option("--config", type=Path, default=DEFAULT_CONFIG, help="default: conf/pipeline.yaml")
     option("--source", help="URL (https, http, s3) or path to read instead of source.url")
-    option("--dry-run", action="store_true", help="stop before S3; print first rows and SQL")
-    option("--check", action="store_true", help="try all that a run needs, without loading")
+    alone("--dry-run", action="store_true", help="stop before S3; print first rows and SQL")
+    alone("--check", action="store_true", help="try all that a run needs, without loading")
     option("--allow-shrink", action="store_true", help="replace rows by far fewer, this once")
     option("--verbose", action="store_true", help="log the SQL, with its times")
     option("--log-format", default=os.environ.get("LOG_FORMAT") or "text", help="text or json")
-    option("--test-alerts", action="store_true", help="send a test message to every channel")
+    alone("--test-alerts", action="store_true", help="send a test message to every channel")
     options = parser.parse_args(arguments)
     if options.log_format not in ("text", "json"):
         parser.error(f"--log-format or $LOG_FORMAT: {options.log_format!r} is not text or json")

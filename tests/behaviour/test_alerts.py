@@ -117,14 +117,18 @@ def check_slack(chat: dict[str, Any], message: str) -> None:
 NOT_FOUND = r"extract: GET http://127.0.0.1:\d+/v5/launches: HTTP 404 Not Found"
 
 
+def run_line(sandbox: Sandbox, done: Done) -> str:
+    return f"run: {run_id(done)} from {sandbox.source.url.partition('?')[0]}"
+
+
 def check_failed(sandbox: Sandbox, done: Done, error: str, rows: str = "none") -> None:
     """It says what happened, and how far the run came."""
     assert done.returncode in (1, 130, 143), done.stderr
     reason, lines = check_failure(sandbox, done)
     assert re.match(error, reason), reason
-    assert lines[0] == f"run: {run_id(done)}"
-    assert re.fullmatch(r"took: \d+\.\d s", lines[1])
-    assert lines[2:] == [f"staged, not loaded: {rows}"]
+    assert lines[:2] == [run_line(sandbox, done), f"staged, not loaded: {rows}"]
+    assert re.fullmatch(r"took: \d+\.\d s", lines[2])
+    assert lines[3:] == [entry["message"] for entry in log_entries(done, "WARNING")]
     assert warned(done) == set()
 
 
@@ -134,6 +138,7 @@ def test_failed_runs(sandbox: Sandbox, configure: Configure) -> None:
     sandbox.source.answers = [responds(404)]
     check_failed(sandbox, sandbox.run(*JSON, *config), NOT_FOUND)
     sandbox.source.body = b"<!channel> & <http://evil.example|click>"
+    sandbox.source.answers = [responds(503, Retry_After="0")]
     done = sandbox.run(*JSON, *config)
     error = "transform: the source is no JSON array.*<!channel> & <"
     check_failed(sandbox, done, error)
@@ -259,7 +264,7 @@ def check_success(sandbox: Sandbox, done: Done, tables: str, *warnings: str) -> 
     """Each channel got the one message, with all warnings; those of the log include these."""
     first = f"pipeline succeeded on {HOST}: {tables}"
     run, took, *lines = check_message(sandbox, first, heartbeat=True)
-    assert run == f"run: {run_id(done)}"
+    assert run == run_line(sandbox, done)
     assert re.fullmatch(r"took: \d+\.\d s", took)
     logged = [entry["message"] for entry in log_entries(done, "WARNING")]
     assert lines == logged

@@ -213,6 +213,7 @@ def test_what_is_wrong_is_said_and_the_rest_is_checked(
     assert wrong.keys() == expected.keys()
     assert {name: text for name, text in wrong.items() if expected[name] not in text} == {}
     assert everything(sandbox) == before
+    assert ("rows, without a source" in lines.get("copy", "")) == ({*wrong} == {"source"})
     assert "Wr0ng-Passw0rd" not in done.stdout + done.stderr
 
 

@@ -46,7 +46,7 @@ ENOUGH: dict[str, tuple[dict[str, Any], int, int]] = {
 def test_fewer_rows(settings: dict[str, Any], before: int, enough: int) -> None:
     refuse_shrinking(before, enough, **settings)
     few = enough - 1
-    message = f"has {before} rows and would have {few}, at least {enough} .*--allow-shrink"
+    message = f"has {before} rows and would have {few}, fewer than {enough} .*--allow-shrink"
     with pytest.raises(PipelineError, match=message):
         refuse_shrinking(before, few, **settings)
     refuse_shrinking(before, few, allow_shrink=True, **settings)
@@ -54,8 +54,8 @@ def test_fewer_rows(settings: dict[str, Any], before: int, enough: int) -> None:
 
 
 def test_far_fewer_rows_are_allowed_for_one_run(sandbox: Sandbox) -> None:
-    of_cores = f"{CORES} has {{}} rows and would have {{}}, at least {{}} "
-    of_launches = f"{LAUNCHES} has 30 rows and would have 4, at least 24 "
+    of_cores = f"{CORES} has {{}} rows and would have {{}}, fewer than {{}} "
+    of_launches = f"{LAUNCHES} has 30 rows and would have 4, fewer than 24 "
     for document, arguments, refusal, rows in (
         (launches(30, cores=0), [], of_cores.format(0, 0, 1), (0, 0, 0)),
         (launches(30), [], "", (30, 38, 2)),

@@ -15,6 +15,8 @@ import json
 import random
 import re
 import stat
+import subprocess
+import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from typing import Any
 import pytest
 import yaml
 
+from forkserver import MAIN
 from helpers import (
     AUDIT,
     CORES,
@@ -286,6 +289,8 @@ def test_command_line(sandbox: Sandbox) -> None:
         (["--unknown"], 2, "unrecognized arguments: --unknown"),
         (["--config"], 2, "expected one argument"),
         (["extra"], 2, "unrecognized arguments: extra"),
+        (["--dry-run", "--check"], 2, "--check: not allowed with argument --dry-run"),
+        (["--source", ""], 2, "source.url: missing"),
     ):
         done = sandbox.run(*arguments)
         assert done.returncode == status
@@ -295,7 +300,8 @@ def test_command_line(sandbox: Sandbox) -> None:
 
 def test_the_source_of_the_configuration_and_a_file(sandbox: Sandbox, tmp_path: Path) -> None:
     config = shipped(tmp_path, {"source / url": sandbox.source.url})
-    loaded(sandbox, "--source", "", *config)  # "" so that the sandbox gives none
+    command: list[Any] = [sys.executable, MAIN, *config]  # sandbox.run() would give a --source
+    subprocess.run(command, env=sandbox.child_environment(), check=True)
     assert sandbox.source.requests == [f"/v5/launches?token={TOKEN}"]
     lines = "\n".join(map(json.dumps, launches()[:-1])).encode()
     (tmp_path / "lines.ndjson.gz").write_bytes(gzip.compress(lines))

@@ -149,8 +149,10 @@ def test_a_variable_in_the_url(sandbox: Sandbox, load: Load) -> None:
     (audit,) = sandbox.query("SELECT source FROM public.etl_runs")
     assert audit["source"].endswith("/v5/${TEAM}")
     message = error(load(answers, environment=environment, status=2, **settings))
-    assert "source.url: ${SINCE} is not set" in message
+    assert "source.url: ${SINCE} is not set in the environment, or empty" in message
     assert "TEAM" not in message
+    done = load(environment=environment | {"SINCE": "last week"}, status=2, **settings)
+    assert "source.url: a space is written %20" in error(done)
 
 
 def test_a_run_ends_although_the_source_does_not(load: Load) -> None:

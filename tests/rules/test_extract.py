@@ -278,7 +278,7 @@ ONCE = {status: responds(status, Retry_After="1") for status in (400, 401, 403, 
 def test_what_will_not_be_otherwise_is_not_asked_again(
     source: Source, fetch: Fetch, pauses: list[float], status: int
 ) -> None:
-    with pytest.raises(PipelineError, match=rf"/v5/launches: HTTP {status} .*, attempt 1$"):
+    with pytest.raises(PipelineError, match=rf"/v5/launches: HTTP {status} "):
         fetch(ONCE[status], WHOLE)
     assert (len(source.requests), pauses) == (1, [])
 
@@ -313,7 +313,7 @@ def test_a_server_is_trusted_by_its_certificate_and_pages_after_one_with_tls_hav
 ) -> None:
     address, authority = with_tls(source, tmp_path)
     address += "/v5/launches"
-    with pytest.raises(PipelineError, match=r"certificate.*, attempt 1$"):
+    with pytest.raises(PipelineError, match="certificate"):
         fetch(url=f"https://{address}")
     assert pauses == []
     monkeypatch.setenv("SSL_CERT_FILE", str(authority))
@@ -367,7 +367,7 @@ def test_an_own_authority_holds_through_a_proxy(
     address, authority = with_tls(source, tmp_path)
     for name in ("NO_PROXY", "no_proxy", "https_proxy", "SSL_CERT_FILE"):
         monkeypatch.delenv(name, raising=False)
-    told: Any = pytest.raises(PipelineError, match=r"certificate verify failed.*attempt 1$")
+    told: Any = pytest.raises(PipelineError, match=r"certificate verify failed")
     if trusted:
         monkeypatch.setenv("SSL_CERT_FILE", str(authority))
         told = contextlib.nullcontext()
@@ -496,17 +496,17 @@ def test_a_wrong_url_is_shown_without_its_secrets(fetch: Fetch, url: str, shown:
 
 # --- what the server said -----------------------------------------------------------------------
 
-NO_SUCH = "HTTP 404 Not Found: No such launch, attempt 1"
+NO_SUCH = "HTTP 404 Not Found: No such launch"
 SAID: dict[str, tuple[Answer, str]] = {
     "text": (responds(404, b"No such\n\n   launch\t"), NO_SUCH),
-    "JSON": (responds(404, {"detail": "x"}), 'HTTP 404 Not Found: {"detail": "x"}, attempt 1'),
-    "long": (responds(404, b"x" * 100_000), "x" * 200 + "…, attempt 1"),
-    "half a secret": (responds(404, b"x" * 195 + b"S3cret-T0ken"), f"{'x' * 195}***, attempt 1"),
-    "a 5xx": (responds(501, b"busy"), "HTTP 501 Not Implemented, attempt 1"),
-    "nothing": (responds(404), "HTTP 404 Not Found, attempt 1"),
+    "JSON": (responds(404, {"detail": "x"}), 'HTTP 404 Not Found: {"detail": "x"}'),
+    "long": (responds(404, b"x" * 100_000), "x" * 200 + "…"),
+    "half a secret": (responds(404, b"x" * 195 + b"S3cret-T0ken"), f"{'x' * 195}***"),
+    "a 5xx": (responds(501, b"busy"), "HTTP 501 Not Implemented"),
+    "nothing": (responds(404), "HTTP 404 Not Found"),
     "not UTF-8": (responds(404, b"caf\xe9"), "caf\ufffd"),
     "coded": (responds(404, gzip.compress(b"No such launch"), Content_Encoding="gzip"), NO_SUCH),
-    "cut": (responds(404, b"No such", Content_Length="99"), "HTTP 404 Not Found"),
+    "cut": (responds(404, b"No such", Content_Length="99"), "HTTP 404 Not Found: No such"),
     "not coded": (responds(404, b"No such", Content_Encoding="gzip"), "HTTP 404 Not Found"),
 }
 
@@ -514,5 +514,5 @@ SAID: dict[str, tuple[Answer, str]] = {
 @pytest.mark.parametrize("kind", SAID)
 def test_a_4xx_shows_what_the_server_said(fetch: Fetch, kind: str) -> None:
     respond, shown = SAID[kind]
-    with pytest.raises(PipelineError, match=re.escape(shown)):
+    with pytest.raises(PipelineError, match=re.escape(shown) + "$"):
         fetch(respond, headers={"X-Token": "S3cret-T0ken"})

@@ -254,7 +254,7 @@ def test_columns_of_nothing_but_null() -> None:
 
 def test_doubles_are_refused_and_named() -> None:
     table = table_of({"id": "integer", "name": "varchar(9)", "n": "integer"}, ["id", "name"])
-    keys = [(1, "a"), (1, "b"), (2, "a"), (1, "b"), (2, "a")]
+    keys = [(1, "a"), (1, "b"), (2, "a"), (1, "b"), (2, "a"), (1, "b")]
     records: Records = [{"id": key[0], "name": key[1], "n": n} for n, key in enumerate(keys)]
     said = refusal(records, table)
     assert said == 'public.things: more than one row has the key id=1, name="b"; id=2, name="a"'
