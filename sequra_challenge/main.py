@@ -1860,7 +1860,7 @@ def planned_changes(cursor: Any, config: Config) -> dict[str, str]:
             changes[create_sql(table)] = ""
             continue
         old = quoted(table.name.partition(".")[2] + "_old")
-        fix = f"a run makes a new table once this one is out of the way: {alter} RENAME TO {old}"
+        fix = f"move this table away, and the next run makes a new one: {alter} RENAME TO {old}"
         for column in (*table.columns, *META_COLUMNS):
             has = existing.pop(column.name, None)
             if has is None and not column.not_null:
