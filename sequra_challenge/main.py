@@ -441,7 +441,7 @@ def table_faults(table: Table) -> Iterator[tuple[Any, str]]:
         yield name in RESERVED, f"{path}: the name {name!r} is reserved: {own}"
         yield table.names.count(name) > 1, f"{path}: another path gives {name!r} too: {own}"
         yield not 0 < size[0] <= most, f"{path}: {kind}: {column.kind} takes 1 to {most}"
-        yield size[-1] > size[0], f"{path}: {kind}: the scale is larger than the precision"
+        yield size[-1] > size[0] or size[1:] > (37,), f"{path}: {kind}: scale over {size[0]} or 37"
     kinds = {column.name: column.kind for column in table.columns}
     used = {"key": table.key, "sort_key": table.sort_key, "dist_key": [table.dist_key]}
     for setting, names in used.items():
