@@ -2078,7 +2078,7 @@ def run_pipeline(config: Config, dry_run: bool, allow_shrink: bool) -> int:
     except (Exception, Stopped) as error:
         event, status = "failure", getattr(error, "status", 1)
         what = log_failure(error, duration=round(run.seconds * 1e9))
-        lines += [f"staged, not loaded: {rows_text(run.rows, {}) or 'none'}"]
+        lines += [f"staged: {rows_text(run.rows, {}) or 'none'}"]
     warnings = [r.getMessage() for r in warned.buffer if r.levelno == logging.WARNING]
     tell(alerts, event, what, [*lines, f"took: {run.seconds:.1f} s", *warnings])
     return status

@@ -126,7 +126,7 @@ def check_failed(sandbox: Sandbox, done: Done, error: str, rows: str = "none") -
     assert done.returncode in (1, 130, 143), done.stderr
     reason, lines = check_failure(sandbox, done)
     assert re.match(error, reason), reason
-    assert lines[:2] == [run_line(sandbox, done), f"staged, not loaded: {rows}"]
+    assert lines[:2] == [run_line(sandbox, done), f"staged: {rows}"]
     assert re.fullmatch(r"took: \d+\.\d s", lines[2])
     assert lines[3:] == [entry["message"] for entry in log_entries(done, "WARNING")]
     assert warned(done) == set()
