@@ -41,6 +41,7 @@ TOTAL = "(^|_)(total|(count|found|hits|matched)(_|$))"  # in the name of a numbe
 WIDTHS = (16, 64, 256, 1024, 4096, 16_384, 65_535)  # of a varchar, in bytes
 KEY_COLUMNS = 12  # that are tried together
 UNUSABLE = main.RESERVED | {"null"}  # as the name of a column
+TIMES = ("date", "timestamp", "timestamptz")
 NUMBER = r"-?\d+(\.\d+)?"
 
 Record = dict[str, Any]
@@ -199,12 +200,12 @@ def type_of(values: Sequence[Any]) -> tuple[str, str]:
         longest = max(len(text.encode()) for text in values)
         width = next((width for width in WIDTHS if width >= 2 * longest), WIDTHS[-1])
         texts = f"varchar({width})"
-        if all(re.fullmatch(NUMBER, text, re.ASCII) for text in values) and "." in "".join(values):
-            return first_fit(values, exact(values), texts)
-        type_, _ = first_fit(values, "date", "timestamp", "timestamptz", texts)
+        is_number = all(re.fullmatch(NUMBER, text, re.ASCII) for text in values)
+        others = [exact(values)] if is_number and "." in "".join(values) else TIMES
+        type_, comment = first_fit(values, *others, texts)
         if type_ == "timestamptz" and not all(text.endswith("Z") for text in values):
             return texts, "as a timestamptz it would lose its offset"
-        return type_, f"longest {longest} bytes" if type_ == texts else ""
+        return type_, f"longest {longest} bytes" if type_ == texts else comment
     if kinds == {list}:
         inner = {type(element) for value in values for element in value}
         return "super", "an array of objects" if inner == {dict} else "an array"
