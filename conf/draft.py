@@ -5,9 +5,8 @@
     python conf/draft.py source.yaml     a file with only a source: section, for headers or a body
 
 It looks for the records, the next page, a key, and for each field the type that main.py would take
-it as. Values are not shown, they may be personal; ${NAME} stays as it is. What it prints is to be
-read line by line, since it has seen no more than one answer, and then moved to conf/, from where
-it is run every day.
+it as. The records' values are not shown, they may be personal; ${NAME} stays as it is. What it
+prints is to be read line by line, as it has seen no more than one answer, before it goes to conf/.
 """
 
 from __future__ import annotations
