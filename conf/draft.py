@@ -1,12 +1,12 @@
 """Prints a first configuration for a JSON API, or for a file, from what one answer holds.
 
-    python conf/draft.py https://api.example.org/v1/orders > conf/orders.yaml
+    python conf/draft.py https://api.example.org/v1/orders > orders.yaml
     python conf/draft.py orders.json
     python conf/draft.py source.yaml     a file with only a source: section, for headers or a body
 
 It looks for the records, the next page, a key, and for each field the type that main.py would take
-it as. Values are not shown, they may be personal; ${NAME} stays as it is. What it prints is to be
-read line by line: it has seen no more than one answer.
+it as. The records' values are not shown, they may be personal; ${NAME} stays as it is. What it
+prints is to be read line by line, as it has seen no more than one answer, before it goes to conf/.
 """
 
 from __future__ import annotations
@@ -35,9 +35,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sequra_challenge import main
 
 USUAL = ("results", "data", "items", "docs")  # what arrays of records are called
+PAGES = (10, 20, 25, 30, 50, 100, 200, 250, 500, 1000)  # how many records APIs give at a time
+TOTAL = "(^|_)(total|(count|found|hits|matched)(_|$))"  # in the name of a number of records
 WIDTHS = (16, 64, 256, 1024, 4096, 16_384, 65_535)  # of a varchar, in bytes
 KEY_COLUMNS = 12  # that are tried together
 UNUSABLE = main.RESERVED | {"null"}  # as the name of a column
+TIMES = ("date", "timestamp", "timestamptz")
 NUMBER = r"-?\d+(\.\d+)?"
 
 Record = dict[str, Any]
@@ -67,6 +70,8 @@ def read_source(file: str) -> tuple[dict[str, Any], main.Source]:
     """The section source: of a file, as it is written and as main.py takes it."""
     faults: list[str] = []
     given = {"url": file}
+    if not main.is_http(file) and not Path(file).expanduser().is_file():
+        raise main.PipelineError("no such file, nor a URL of http or https")
     if file.endswith((".yaml", ".yml")):
         document = yaml.load(Path(file).read_bytes(), yaml.BaseLoader)
         given = main.read_mapping(document, "", faults).get("source", {})
@@ -92,19 +97,25 @@ def look(source: main.Source) -> tuple[Any, str]:
 
 
 def find_records(answer: Any, source: main.Source) -> tuple[str, list[Record]]:
-    """The path of the array of records, "" where the answer is one or is itself the record."""
-    arrays = [
-        (path, value)
-        for path, value in values_in(answer)
-        if isinstance(value, list) and value and all(isinstance(v, dict) for v in value)
-        if path != ("errors",)
-    ]
-    if source.records or isinstance(answer, list) or (source.body and not arrays):
-        return source.records, main.records_of(answer, source, "the source")
-    if not arrays:
-        return "", [answer]
-    path, records = max(arrays, key=lambda found: (found[0][-1] in USUAL, len(found[1])))
-    return main.join_path(path), records
+    """The path of the array of records, "" where the answer is one or is itself the record.
+
+    Raises PipelineError where there are no records.
+    """
+    found = [(p, v) for p, v in values_in(answer) if isinstance(v, list) and p != ("errors",)]
+    arrays = [(p, v) for p, v in found if v and all(isinstance(record, dict) for record in v)]
+    empty = [main.join_path(path) for path, value in found if not value]
+    if source.records or isinstance(answer, list):
+        path, records = source.records, main.records_of(answer, source, "the source")
+    elif arrays:
+        names, records = max(arrays, key=lambda array: (array[0][-1] in USUAL, len(array[1])))
+        path = main.join_path(names)
+    elif empty and "id" not in answer:
+        path, records = " or ".join(empty), []
+    else:
+        path, records = "", main.records_of(answer, source, "it") if source.body else [answer]
+    if not records:
+        raise main.PipelineError(f"{path or 'the array'} is empty; a draft needs records")
+    return path, records
 
 
 def find_next(answer: Any, link: str, body: str) -> dict[str, str]:
@@ -127,6 +138,24 @@ def paging_names(answer: Any) -> list[str]:
     """What may tell of pages in a way that is not sure."""
     paths = [main.join_path(p) for p, value in values_in(answer) if not isinstance(value, list)]
     return [path for path in paths if re.search("next|page|cursor|more|offset|token", path, re.I)]
+
+
+def paging_comment(answer: Any, records: Sequence[Record], source: main.Source) -> str:
+    """What to ask the API's guide where no next page was found; "" where nothing tells of one."""
+    number = len(records)
+    totals = [
+        (value, as_yaml(main.join_path(path)))
+        for path, value in values_in(answer)
+        if type(value) is int and value > number and re.search(TOTAL, plain_name(path))
+    ]
+    names = ", ".join(map(as_yaml, paging_names(answer)))
+    hint = f"next and next_param? There is: {names}" if names else ""
+    if totals and records[0] is not answer:
+        total, path = max(totals)
+        return f"<-- {number} of {total} records came ({path}): {hint or 'next and next_param?'}"
+    asked = re.findall(r"\d+", f"{urlsplit(source.url).query} {source.body}")
+    is_full = number in PAGES or (number > 1 and str(number) in asked)
+    return hint or "no next page was seen: are these records all?" * is_full
 
 
 def values_in(value: Any, path: Names = ()) -> Iterator[tuple[Names, Any]]:
@@ -170,12 +199,12 @@ def type_of(values: Sequence[Any]) -> tuple[str, str]:
         longest = max(len(text.encode()) for text in values)
         width = next((width for width in WIDTHS if width >= 2 * longest), WIDTHS[-1])
         texts = f"varchar({width})"
-        if all(re.fullmatch(NUMBER, text, re.ASCII) for text in values) and "." in "".join(values):
-            return first_fit(values, exact(values), texts)
-        type_, _ = first_fit(values, "date", "timestamp", "timestamptz", texts)
+        is_number = all(re.fullmatch(NUMBER, text, re.ASCII) for text in values)
+        others = [exact(values)] if is_number and "." in "".join(values) else TIMES
+        type_, comment = first_fit(values, *others, texts)
         if type_ == "timestamptz" and not all(text.endswith("Z") for text in values):
             return texts, "as a timestamptz it would lose its offset"
-        return type_, f"longest {longest} bytes" if type_ == texts else ""
+        return type_, f"longest {longest} bytes" if type_ == texts else comment
     if kinds == {list}:
         inner = {type(element) for value in values for element in value}
         return "super", "an array of objects" if inner == {dict} else "an array"
@@ -311,32 +340,31 @@ def child_lines(table: str, array: Field, key: list[Field]) -> list[str]:
 def draft(given: dict[str, Any], source: main.Source, answer: Any, link: str) -> str:
     """The configuration for a source that gave this answer."""
     path, records = find_records(answer, source)
-    if not records:
-        raise main.PipelineError("there are no records")
     following = {} if "next" in given else find_next(answer, link, source.body)
     settings = {"url": "", "records": path} | following | given
     section = {name: text for name, text in settings.items() if text and name != "body"}
     body = ["  body: |", textwrap.indent(given["body"].strip(), " " * 4)] if source.body else []
-    hints = [] if "next" in section else paging_names(answer)
+    paging = "" if "next" in section else paging_comment(answer, records, source)
     fields = with_names(list(find_fields(records)))
     key = find_key(fields)
     stem = plain_name([Path(urlsplit(given["url"]).path).stem])
     name = re.sub(r"\W+", "_", stem, flags=re.ASCII).strip("_") or "records"
     table = "public." + re.sub(r"^(?=\d)", "_", name)
     lines = [
-        f"# A draft, made from {len(records)} records. Read it line by line, set the lines with",
+        f"# A draft, made from {len(records)} record(s). Read it line by line, set the lines with",
         "# <--, and look at what --dry-run prints. The lengths are the longest that were seen.",
         "",
         as_yaml({"source": section}),
         *body,
-        *[f"  # next and next_param? There is: {', '.join(hints)}"] * bool(hints),
+        *[f"  # {paging}"] * bool(paging),
         "",
         "staging:",
         "  bucket: my-data-bucket          # <-- created beforehand",
-        f"  prefix: {name}",
+        f"{f'  prefix: spacex/{name}':<33} # <-- begins with the stack's prefix, see conf/aws",
         "",
         "redshift:",
-        "  secret: redshift/credentials    # <-- in Secrets Manager: HOST, PORT, USER, PASSWORD, …",
+        "  secret: redshift/spacex         # <-- in Secrets Manager: HOST, PORT, USER, PASSWORD, …",
+        "  copy_role: null                 # <-- the stack's, else as in pipeline.yaml",
         "",
         "tables:",
         *table_lines(table, fields, key, {}),

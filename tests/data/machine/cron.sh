@@ -29,10 +29,25 @@ for name in pipeline second; do flock /var/lock/sequra-challenge/$name true; don
 
 : another release, and back
 @another@
-! ls /opt/sequra-challenge/current/conf/examples/news.yaml
+[[ ! -e /opt/sequra-challenge/current/conf/examples/news.yaml ]]
 release=v1.2.0
 @back@
 ls /opt/sequra-challenge/current/conf/examples/news.yaml
+
+fails() { # with this status, and this line in the log and the mail
+  status=0
+  sudo -u sequra /opt/sequra-challenge/current/conf/cron/run "${@:3}" > /run/said 2>&1 || status=$?
+  cat /run/said; tail $log
+  [[ $status == $1 ]] && grep -E "$2" /run/said
+}
+: a run of nothing, of no pipeline, and without its packages
+fails 2 '^usage: '
+fails 2 '^20\S+Z ERROR   none: exit status 2$' none
+grep 'none.*conf/none.yaml: No such file' $log
+mv /opt/sequra-challenge/current/.venv /run
+fails 1 '^20\S+Z ERROR   pipeline: exit status 1$' pipeline
+tail -1 $log | grep 'ERROR   pipeline: exit status 1'
+mv /run/.venv /opt/sequra-challenge/current
 
 rotate() { logrotate --force --state /run/state /etc/logrotate.d/sequra-challenge 2>&1; }
 [[ -z $(rotate) ]]

@@ -44,7 +44,7 @@ systemctl daemon-reload
 ! systemctl start sequra-challenge@pipeline
 four_times() { (( $(journal | grep -c Finished) == 4 )); }
 wait_until four_times
-! grep 429 /run/mail
+[[ $(grep -c 'HTTP 429' /run/mail) == 0 ]]
 
 : and a deploy with a typo, which tells whom the configuration names, and root
 sed -i 's/^  bucket: .*/  bucket: B/' /opt/sequra-challenge/current/conf/pipeline.yaml
