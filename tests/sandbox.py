@@ -395,16 +395,9 @@ class Sandbox:
 
     def connect(self) -> psycopg.Connection[tuple[Any, ...]]:
         """A connection through the proxy, as the user that the program also is."""
-        return psycopg.connect(
-            host=self.redshift.host,
-            port=self.redshift.port,
-            dbname=DATABASE,
-            user=USER,
-            password=PASSWORD,
-            sslmode="verify-full",
-            sslrootcert=str(self.redshift.ca),
-            autocommit=True,
-        )
+        where = f"host={self.redshift.host} port={self.redshift.port} dbname={DATABASE} user={USER}"
+        tls = f"sslmode=verify-full sslrootcert='{self.redshift.ca}'"
+        return psycopg.connect(f"{where} {tls}", password=PASSWORD, autocommit=True)
 
     def as_user(self, *statements: str) -> None:
         """Runs Redshift's SQL as the program's user: tables belong to their maker."""

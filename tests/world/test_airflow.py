@@ -19,12 +19,20 @@ from pathlib import Path
 
 import pytest
 
+from helpers import SHIPPED, changed, write_yaml
 from sandbox import PASSWORD, ROOT, SECRET_KEY, Sandbox, Source, answer
 
 pytestmark = pytest.mark.ci
 DAG = ROOT / "conf" / "airflow" / "sequra_challenge_dag.py"
-PIPELINE = (ROOT / "conf" / "pipeline.yaml").read_text(encoding="utf-8")
 WEBHOOK_TOKEN = "T0/B0/Sl4ckT0ken"
+PIPELINES: dict[str, dict[str, str]] = {
+    "away": {},
+    "hangs": {},
+    "launches": {"alerts / heartbeat_url": "http://127.0.0.1:9/ping"},  # after its end, a warning
+    "missing": {},
+    "stopped": {},
+    "wrong": {"staging / bucket": "B", "<!channel>": "1"},
+}
 
 
 @pytest.fixture
@@ -143,19 +151,14 @@ def quick_dag(folder: Path) -> Path:
 
 
 def installation(home: Path, url: str) -> Path:
-    """The program as it is installed for Airflow, with six pipelines."""
+    """The program as it is installed for Airflow, with the pipelines."""
     (home / "conf" / "aws").mkdir(parents=True)
     (home / "conf" / "aws" / "stack.yaml").write_text("# no pipeline\n", encoding="utf-8")
     (home / ".venv").symlink_to(sys.prefix)
     (home / "sequra_challenge").symlink_to(ROOT / "sequra_challenge")
-    for name in ("away", "hangs", "launches", "missing", "stopped", "wrong"):
-        address = url.replace("/v5/launches", f"/{name}")
-        text = re.sub(r"(?m)^  url: \S+", f"  url: {address}", PIPELINE, count=1)
-        if name == "launches":  # after its end, a warning
-            text = text.replace("heartbeat_url: null", "heartbeat_url: http://127.0.0.1:9/ping")
-        if name == "wrong":
-            text = text.replace("  bucket: ", "  bucket: B") + '"<!channel>": 1\n'
-        (home / "conf" / f"{name}.yaml").write_text(text, encoding="utf-8")
+    for name, changes in PIPELINES.items():
+        address = {"source / url": url.replace("/v5/launches", f"/{name}")}
+        write_yaml(home / "conf" / f"{name}.yaml", changed(SHIPPED, changes | address))
     return home
 
 
