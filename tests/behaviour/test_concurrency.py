@@ -97,11 +97,13 @@ def test_readers_see_whole_states_and_wait_for_nothing(sandbox: Sandbox) -> None
 
 
 @pytest.fixture(params=["serializable", "snapshot"])
-def either(sandbox: Sandbox, request: pytest.FixtureRequest) -> Sandbox:
-    """The sandbox, whose database isolates so."""
+def isolation(sandbox: Sandbox, request: pytest.FixtureRequest) -> None:
+    """How the database isolates."""
     if request.param == "snapshot":
         sandbox.redshift.settings = {ISOLATION: SNAPSHOT}
-    return sandbox
+
+
+in_either_isolation = pytest.mark.usefixtures("isolation")
 
 
 def locks(sandbox: Sandbox) -> list[str]:
@@ -110,33 +112,35 @@ def locks(sandbox: Sandbox) -> list[str]:
     return [sql for sql in statements if re.match(r"\s*(LOCK|TRUNCATE)\b", sql, re.I)]
 
 
+@in_either_isolation
 @pytest.mark.parametrize("there_are", ["no tables", "tables that lack columns"])
-def test_four_loaders_at_once(either: Sandbox, tmp_path: Path, there_are: str) -> None:
+def test_four_loaders_at_once(sandbox: Sandbox, tmp_path: Path, there_are: str) -> None:
     if there_are != "no tables":
-        loaded(either)
+        loaded(sandbox)
         for name, column in ((LAUNCHES, "rocket"), (CORES, "core"), (AUDIT, "raw")):
-            either.as_user(f"ALTER TABLE {name} DROP COLUMN {column}")
-        either.as_user(f"ALTER TABLE {LAUNCHES} DROP COLUMN details")
+            sandbox.as_user(f"ALTER TABLE {name} DROP COLUMN {column}")
+        sandbox.as_user(f"ALTER TABLE {LAUNCHES} DROP COLUMN details")
     documents = [launches(number) for number in (30, 29, 28, 27)]
-    check_history(either, load_at_once(either, tmp_path, documents))
-    assert count(either, AUDIT) == 2 * (4 + (there_are != "no tables"))
-    assert set(locks(either)) == {'LOCK "public"."etl_runs"'}
+    check_history(sandbox, load_at_once(sandbox, tmp_path, documents))
+    assert count(sandbox, AUDIT) == 2 * (4 + (there_are != "no tables"))
+    assert set(locks(sandbox)) == {'LOCK "public"."etl_runs"'}
 
 
-def test_upserts_at_once(either: Sandbox, tmp_path: Path) -> None:
+@in_either_isolation
+def test_upserts_at_once(sandbox: Sandbox, tmp_path: Path) -> None:
     """Of overlapping records: each is there once, whole, from one of its loaders."""
     modes = [f"tables / {name} / mode" for name in (LAUNCHES, CORES)]
     config = shipped(tmp_path, dict.fromkeys(modes, "upsert"))
-    loaded(either, *config)
+    loaded(sandbox, *config)
     slices = [launches(30)[start : start + 12] for start in (0, 6, 12, 18)]
-    writers = load_at_once(either, tmp_path, slices, *config)
+    writers = load_at_once(sandbox, tmp_path, slices, *config)
     for name, table in SHIPPED["tables"].items():
-        assert_table(either, name, table, launches(30))
+        assert_table(sandbox, name, table, launches(30))
     last_of = {
         launch["id"]: row["_run_id"]
-        for row in either.query(f"SELECT _run_id FROM {AUDIT} ORDER BY ctid")
+        for row in sandbox.query(f"SELECT _run_id FROM {AUDIT} ORDER BY ctid")
         for launch in writers.get(row["_run_id"], [])
     }
     for name, id_ in ((LAUNCHES, "id"), (CORES, "launch_id")):
-        for row in either.query(f"SELECT {id_}, _run_id FROM {name}"):
+        for row in sandbox.query(f"SELECT {id_}, _run_id FROM {name}"):
             assert row["_run_id"] == last_of.get(row[id_], row["_run_id"])
