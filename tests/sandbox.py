@@ -45,6 +45,7 @@ from redshift import Redshift
 logging.getLogger("werkzeug").setLevel(logging.ERROR)  # moto's line for each request
 
 ROOT = Path(__file__).resolve().parent.parent
+READMES = [ROOT / "README.md", *sorted(ROOT.glob("[ct]*/**/README.md"))]  # of conf and tests
 PIPELINE = ROOT / "conf" / "pipeline.yaml"
 DATA = ROOT / "tests" / "data"
 SAMPLE, LIBRARY = DATA / "launches.json", DATA / "launch_library.json"
