@@ -42,7 +42,10 @@ def project(sandbox: Sandbox, tmp_path: Path) -> Path:
     for name in ("conf", "sequra_challenge", "tests", ".github"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    (tmp_path / ".venv").symlink_to(sys.prefix)
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
     shipped_with(tmp_path / "conf", source={"url": sandbox.source.url}, alerts=sandbox.alerts())
     examples = (ROOT / "conf" / "examples" / "README.md").read_text("utf-8")
     source, *_ = re.findall(r"```yaml\n( +source:.*?)```", examples, re.DOTALL)
