@@ -27,7 +27,7 @@ from helpers import (
     load_config,
     without_pauses,
 )
-from sandbox import NO_PAUSES, SAMPLE, Sandbox, Source
+from sandbox import NO_PAUSES, Sandbox, Source
 
 # So many documents are made in test_documents.py and test_reader.py, by default the same ones.
 for name, examples in {"default": 500, "ci": 2_000, "nightly": 10_000}.items():
@@ -77,11 +77,6 @@ def sandbox(running_sandbox: Sandbox) -> Sandbox:
 def things(sandbox: Sandbox, tmp_path: Path) -> Things:
     """A pipeline of one small table in the sandbox."""
     return Things(sandbox, tmp_path)
-
-
-@pytest.fixture
-def sample() -> Path:
-    return SAMPLE
 
 
 @pytest.fixture(autouse=True)

@@ -464,6 +464,21 @@ def faulty_aws(
         assert proxy.faults == []
 
 
+def act_once(
+    sandbox: Sandbox, start: str, act: Callable[[], object], when: str = "before"
+) -> list[str]:
+    """Acts before the first statement that starts so, or after it; returns what will hold it."""
+    done: list[str] = []
+
+    def hook(moment: str, sql: str) -> None:
+        if not done and moment == when and sql.startswith(start):
+            done.append(sql)
+            act()
+
+    sandbox.redshift.hook = hook
+    return done
+
+
 # --- tables and documents ------------------------------------------------------------------------
 
 

@@ -45,6 +45,7 @@ from redshift import Redshift
 logging.getLogger("werkzeug").setLevel(logging.ERROR)  # moto's line for each request
 
 ROOT = Path(__file__).resolve().parent.parent
+READMES = [ROOT / "README.md", *sorted(ROOT.glob("[ct]*/**/README.md"))]  # of conf and tests
 PIPELINE = ROOT / "conf" / "pipeline.yaml"
 DATA = ROOT / "tests" / "data"
 SAMPLE, LIBRARY = DATA / "launches.json", DATA / "launch_library.json"
@@ -395,16 +396,9 @@ class Sandbox:
 
     def connect(self) -> psycopg.Connection[tuple[Any, ...]]:
         """A connection through the proxy, as the user that the program also is."""
-        return psycopg.connect(
-            host=self.redshift.host,
-            port=self.redshift.port,
-            dbname=DATABASE,
-            user=USER,
-            password=PASSWORD,
-            sslmode="verify-full",
-            sslrootcert=str(self.redshift.ca),
-            autocommit=True,
-        )
+        where = f"host={self.redshift.host} port={self.redshift.port} dbname={DATABASE} user={USER}"
+        tls = f"sslmode=verify-full sslrootcert='{self.redshift.ca}'"
+        return psycopg.connect(f"{where} {tls}", password=PASSWORD, autocommit=True)
 
     def as_user(self, *statements: str) -> None:
         """Runs Redshift's SQL as the program's user: tables belong to their maker."""

@@ -15,6 +15,7 @@ import re
 import shutil
 import signal
 import socket
+import socketserver
 import struct
 import subprocess
 import threading
@@ -38,6 +39,7 @@ from helpers import (
     FlakyProxy,
     Records,
     Things,
+    act_once,
     assert_table,
     faulty_aws,
     launches,
@@ -45,12 +47,13 @@ from helpers import (
     messages,
     refusing,
     relay,
+    responds,
     serve,
     shipped_with,
 )
 from helpers import LOAD_TRIES as TRIES
 from redshift import DropConnection, RedshiftError
-from sandbox import BUCKET, NO_PAUSES, SAMPLE, SECRET, USER, Process, Sandbox, answer
+from sandbox import BUCKET, NO_PAUSES, SECRET, USER, Process, Sandbox
 
 ROWS = {LAUNCHES: 30, CORES: 38}  # of the sample
 AWAY = 75  # EX_TEMPFAIL
@@ -234,12 +237,11 @@ def test_who_it_is_for_a_message_is_asked_once(world: World) -> None:
 
 @pytest.mark.parametrize("gone", ["launch_cores.0001.csv.gz", "launches/.*manifest.json"])
 def test_staged_file_vanishes(world: World, gone: str) -> None:
-    def delete(_: str, sql: str) -> None:
-        for key in world.sandbox.objects() if sql.startswith("COPY") else ():
-            if re.search(gone, key):
-                world.sandbox.s3.delete_object(Bucket=BUCKET, Key=key)
+    def delete() -> None:
+        (key,) = [key for key in world.sandbox.staged() if re.search(gone, key)]
+        world.sandbox.s3.delete_object(Bucket=BUCKET, Key=key)
 
-    world.sandbox.redshift.hook = delete
+    act_once(world.sandbox, "COPY", delete)
     world.check(world.run(), "old", 1, r"load: COPY for public\.launch\w+: ")
 
 
@@ -263,41 +265,36 @@ def test_a_password_that_is_rotated_meanwhile(world: World) -> None:
 # --- the connection to Redshift ------------------------------------------------------------------
 
 
-class Forwarder:
+class Forwarder(socketserver.ThreadingTCPServer):
     """A TCP port in front of another, closed until ``open``.
 
     The n-th connection is cut after ``cuts[n]`` bytes from the server, further ones never.
     """
 
+    daemon_threads = True
+
     def __init__(self, port: int, *cuts: int) -> None:
-        self.target, self.cuts = port, list(cuts)
+        super().__init__(("127.0.0.1", 0), socketserver.BaseRequestHandler, False)
+        self.server_bind()  # refuses connections: nobody listens yet
+        self.target, self.port, self.cuts = port, self.server_address[1], list(cuts)
         self.accepted = threading.Event()
-        self.socket = socket.socket()
-        self.socket.bind(("127.0.0.1", 0))  # refuses connections: nobody listens yet
-        self.port = self.socket.getsockname()[1]
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(OSError):
-            self.socket.shutdown(socket.SHUT_RDWR)
-        self.socket.close()
 
     def open(self) -> Self:
-        self.socket.listen()
-        threading.Thread(target=self.accept, daemon=True).start()
+        self.server_activate()
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
         return self
 
-    def accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                client, _ = self.socket.accept()
-                cut = self.cuts.pop(0) if self.cuts else 1 << 60
-                server = socket.create_connection(("127.0.0.1", self.target))
-                for arguments in ((client, server), (server, client, cut)):
-                    threading.Thread(target=relay, args=arguments, daemon=True).start()
-                self.accepted.set()
+    def finish_request(self, client: Any, _: object) -> None:
+        cut = self.cuts.pop(0) if self.cuts else 1 << 60
+        server = socket.create_connection(("127.0.0.1", self.target))
+        threading.Thread(target=relay, args=(client, server), daemon=True).start()
+        self.accepted.set()
+        relay(server, client, cut)
+
+    def server_close(self) -> None:
+        if self.accepted.is_set():
+            self.shutdown()
+        super().server_close()
 
 
 def test_redshift_comes_late(world: World) -> None:
@@ -511,14 +508,8 @@ OTHER_WRITERS = {
 @pytest.mark.parametrize("statements", OTHER_WRITERS.values(), ids=OTHER_WRITERS)
 def test_serializable_isolation_violation(world: World, statements: str) -> None:
     """Another session writes, and commits, before the program's first DELETE."""
-    written: list[str] = []
-
-    def write(when: str, sql: str) -> None:
-        if (when, sql[:6]) == ("before", "DELETE") and not written:
-            written.append(sql)
-            change(world.sandbox, f"BEGIN ISOLATION LEVEL SERIALIZABLE; {statements}; COMMIT")
-
-    world.sandbox.redshift.hook = write
+    write = f"BEGIN ISOLATION LEVEL SERIALIZABLE; {statements}; COMMIT"
+    act_once(world.sandbox, "DELETE", lambda: change(world.sandbox, write))
     (warning,) = world.check(world.run(), "new")
     assert re.search("1023. Serializable isolation violation on table .* trying again", warning)
 
@@ -569,14 +560,8 @@ def test_access_denied_in_copy_is_not_tried_again(world: World) -> None:
 
 def test_a_warehouse_that_freezes(things: Things) -> None:
     """With its connection open, in the first COPY; the next try finds it well."""
-    frozen, over = list[str](), threading.Event()
-
-    def freeze(when: str, sql: str) -> None:
-        if (when, sql[:4]) == ("before", "COPY") and not frozen:
-            frozen.append(sql)
-            over.wait(60)
-
-    things.sandbox.redshift.hook = freeze
+    over = threading.Event()
+    act_once(things.sandbox, "COPY", lambda: over.wait(60))
     short = {"patch": f"{NO_PAUSES}; ANSWER_MARGIN = 1"}
     try:
         (warning,) = things.load(("a", 1), redshift={"statement_seconds": 1}, options=short)
@@ -603,20 +588,14 @@ def test_signal_at_any_moment(world: World, number: int, phase: str) -> None:
 
     def requested(handler: BaseHTTPRequestHandler) -> None:
         reached.set()
-        if phase == "retry":
-            answer(handler, 503, Retry_After="100")
-        else:
-            answer(handler, 200, SAMPLE.read_bytes())
+        is_away = responds(503, Retry_After="100")
+        (is_away if phase == "retry" else responds(200, launches()))(handler)
 
     def uploads(handler: Any) -> None:
         reached.set()
         if phase == "upload":
             over.wait(120)
         handler.forward()
-
-    def copies(_: str, sql: str) -> None:
-        if phase == "load" and sql.startswith("COPY"):
-            reached.set()
 
     with contextlib.ExitStack() as stack:
         stack.callback(over.set)
@@ -626,7 +605,8 @@ def test_signal_at_any_moment(world: World, number: int, phase: str) -> None:
             port = stack.enter_context(Forwarder(sandbox.redshift.port, *[0] * 9).open())
             port.accepted = reached
             sandbox.set_secret(PORT=port.port)
-        sandbox.redshift.hook = copies
+        if phase == "load":
+            act_once(sandbox, "COPY", reached.set)
         faults = [uploads] * (phase in ("stage", "upload"))
         aws = stack.enter_context(faulty_aws(sandbox, *faults))
         process = world.start(patch="", plainly=phase == "start", **aws)
@@ -637,12 +617,9 @@ def test_signal_at_any_moment(world: World, number: int, phase: str) -> None:
     status, says = done.returncode, [rf"^\w+: stopped by {signal.Signals(number).name}$"]
     if number == signal.SIGINT and done.stderr.endswith("KeyboardInterrupt\n"):
         status = -number  # Python's own, with another status while it starts
+    assert status in {0, -number, 128 + number}
     if status <= 0:  # before the program handles signals, or after all is done
-        assert status in {0, -number}
         done, says = Done([], status, "", ""), []
-    else:
-        assert number != signal.SIGKILL
-        assert status == 128 + number
     is_done = "either" if phase in ("start", "extract", "stage", "load") else "old"
     world.check(done, "new" if status == 0 else is_done, status, *says)
     world.works()

@@ -1,9 +1,10 @@
-"""Targets, secrets, rights and buckets as real clusters have them; one small table."""
+"""What a load refuses, and targets, secrets, rights and buckets as real clusters have them."""
 
 from __future__ import annotations
 
 import contextlib
 import gzip
+import hashlib
 import json
 import re
 from http.server import BaseHTTPRequestHandler
@@ -11,8 +12,44 @@ from typing import Any
 
 import pytest
 
-from helpers import AUDIT, COLUMNS, TABLE, Things, count, faulty_aws, serve
+from helpers import (
+    AUDIT,
+    COLUMNS,
+    TABLE,
+    PipelineError,
+    Things,
+    act_once,
+    count,
+    faulty_aws,
+    refuse_shrinking,
+    serve,
+)
 from sandbox import BUCKET, DATABASE, PASSWORD, USER, answer
+
+# Settings of the table; rows that it has; the fewest that are enough.
+ENOUGH: dict[str, tuple[dict[str, Any], int, int]] = {
+    "default": ({}, 30, 24),
+    "default, rounded up": ({}, 38, 31),
+    "half": ({"max_shrink": 0.5}, 30, 15),
+    "seven tenths, 9.000000000000002": ({"max_shrink": 0.7}, 30, 9),
+    "none less": ({"max_shrink": 0}, 30, 30),
+    "a least number": ({"max_shrink": 1, "min_rows": 7}, 30, 7),
+    "all": ({"max_shrink": 1}, 30, 1),
+    "first load": ({}, 0, 1),
+    "first load, a least number": ({"min_rows": 39}, 0, 39),
+}
+
+
+@pytest.mark.parametrize(("settings", "before", "enough"), ENOUGH.values(), ids=ENOUGH)
+def test_fewer_rows(settings: dict[str, Any], before: int, enough: int) -> None:
+    refuse_shrinking(before, enough, **settings)
+    few = enough - 1
+    message = f"has {before} rows and would have {few}, fewer than {enough} .*--allow-shrink"
+    with pytest.raises(PipelineError, match=message):
+        refuse_shrinking(before, few, **settings)
+    refuse_shrinking(before, few, allow_shrink=True, **settings)
+    refuse_shrinking(before, few, mode="upsert", **settings)
+
 
 IN_THE_WAY = {
     "view": (
@@ -195,6 +232,32 @@ def test_a_null_that_the_target_refuses(things: Things, case: str) -> None:
     assert f'null value in column "{column}"' in error
 
 
+def test_audit_table_of_another_name(things: Things) -> None:
+    things.sandbox.as_user("CREATE SCHEMA ops")
+    try:
+        things.load(("a", 1), redshift={"audit_table": "ops.history"})
+        rows = things.sandbox.query("SELECT table_name, rows_loaded FROM ops.history")
+        assert rows == [{"table_name": TABLE, "rows_loaded": 1}]
+        assert things.sandbox.query(f"SELECT to_regclass('{AUDIT}')") == [{"to_regclass": None}]
+    finally:
+        things.sandbox.as_user("DROP SCHEMA ops CASCADE")
+
+
+def test_audit_table_of_an_older_version(things: Things) -> None:
+    """A history without a column that was added later gets it, and keeps its rows."""
+    things.load(("a", 1))
+    things.sandbox.as_user(
+        f"ALTER TABLE {AUDIT} DROP COLUMN sha256",
+        f"ALTER TABLE {AUDIT} ADD COLUMN remark varchar(100) DEFAULT 'none'",
+    )
+    added = 'ALTER TABLE "public"."etl_runs" ADD COLUMN "sha256" varchar(64)'
+    other = f"{AUDIT} also has the columns remark"
+    assert sorted(things.load(("a", 2))) == [f"load: {text}" for text in (added, other)]
+    served = hashlib.sha256(things.sandbox.source.body).hexdigest()
+    rows = things.sandbox.query(f"SELECT sha256, remark FROM {AUDIT} ORDER BY _run_id")
+    assert [(row["sha256"], row["remark"]) for row in rows] == [(None, "none"), (served, "none")]
+
+
 def test_metadata_that_is_closed(things: Things) -> None:
     """No columns are seen: that is no proof that there is no table."""
     things.sandbox.redshift.settings = {"sandbox.svv_columns": "closed"}
@@ -208,17 +271,12 @@ def test_metadata_that_is_closed(things: Things) -> None:
 
 def test_a_table_that_another_loader_makes_meanwhile(things: Things) -> None:
     """After the metadata showed none, before it is asked for: it is not taken for a closed one."""
-    made: list[str] = []
-
-    def make(when: str, sql: str) -> None:
-        looked = when == "after" and re.match("SELECT column_name.*'things'", sql, re.DOTALL)
-        if looked and not made:
-            made.append(sql)
-            things.sandbox.as_user(f"CREATE TABLE {TABLE} (id varchar(8) NOT NULL, n integer)")
-
-    things.sandbox.redshift.hook = make
+    make = f"CREATE TABLE {TABLE} (id varchar(8) NOT NULL, n integer)"
+    looked = act_once(
+        things.sandbox, "SELECT column_name", lambda: things.sandbox.as_user(make), "after"
+    )
     things.load(("a", 1))
-    assert len(made) == 1
+    assert ["'things'" in sql for sql in looked] == [True]
     assert things.rows() == [("a", 1)]
 
 
@@ -269,15 +327,13 @@ def test_a_key_with_a_space_at_its_end_replaces_the_one_without(things: Things) 
 def rewrite(things: Things, old: str, new: str) -> None:
     """Changes the only staged file before it is copied."""
 
-    def hook(when: str, sql: str) -> None:
-        if when == "before" and sql.startswith("COPY"):
-            (key,) = things.sandbox.staged(".csv.gz")
-            text = gzip.decompress(things.sandbox.objects()[key]).decode()
-            assert old in text
-            body = gzip.compress(text.replace(old, new).encode())
-            things.sandbox.s3.put_object(Bucket=BUCKET, Key=key, Body=body)
+    def change() -> None:
+        (key,) = things.sandbox.staged(".csv.gz")
+        text = gzip.decompress(things.sandbox.objects()[key]).decode()
+        body = gzip.compress(text.replace(old, new).encode())
+        things.sandbox.s3.put_object(Bucket=BUCKET, Key=key, Body=body)
 
-    things.sandbox.redshift.hook = hook
+    act_once(things.sandbox, "COPY", change)
 
 
 @pytest.mark.parametrize("errors", ["GRANT", "REVOKE"])
@@ -326,24 +382,19 @@ def test_encryption_of_uploads(things: Things, case: str) -> None:
     assert sent == [expected] * 3  # a part, the response, the manifest
 
 
-def copied_region(things: Things) -> set[str]:
-    copies = [sql for sql in things.sandbox.redshift.statements if sql.startswith("COPY")]
-    return {region for sql in copies for region in re.findall("REGION '(.*)'", sql)}
-
-
-def test_a_bucket_in_another_region(things: Things) -> None:
+def test_the_region_of_a_bucket(things: Things) -> None:
+    """Also of one that must not be looked at."""
     where = {"LocationConstraint": "us-west-2"}
     other = things.sandbox.client("s3", region_name="us-west-2")
     other.create_bucket(Bucket="things-elsewhere", CreateBucketConfiguration=where)
     things.load(("a", 1), staging={"bucket": "things-elsewhere"})
-    assert copied_region(things) == {"us-west-2"}
     assert things.rows() == [("a", 1)]
 
-
-def test_the_region_of_a_bucket_that_must_not_be_looked_at(things: Things) -> None:
     def deny(handler: BaseHTTPRequestHandler) -> None:
         answer(handler, 403, x_amz_bucket_region="eu-north-1")
 
     with faulty_aws(things.sandbox, deny, method="HEAD") as options:
         things.load(("a", 1), options=options)
-    assert copied_region(things) == {"eu-north-1"}
+    copies = [sql for sql in things.sandbox.redshift.statements if sql.startswith("COPY")]
+    regions = [re.findall("REGION '(.*)'", sql) for sql in copies]
+    assert regions == [["us-west-2"], ["eu-north-1"]]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import csv
 import gzip
+import hashlib
 import io
 import itertools
 import json
@@ -35,6 +36,8 @@ from helpers import (
     assert_failed,
     assert_table,
     column_name,
+    count,
+    fewer_launches,
     launches,
     loaded,
     quoted,
@@ -68,8 +71,7 @@ def assert_loaded(sandbox: Sandbox, document: Records, config: Path = PIPELINE) 
 
 def test_first_load_creates_the_tables_and_loads_every_value(sandbox: Sandbox) -> None:
     start = datetime.now(UTC).replace(microsecond=0)
-    done = sandbox.run(plainly=True)
-    assert done.returncode == 0, done.stderr
+    done = loaded(sandbox, plainly=True)
     messages = [
         rf"run: {RUN_ID} from {sandbox.source.url.partition('?')[0]}",
         r"extract: MB 0\.07, seconds \d+\.\d\d",
@@ -90,15 +92,6 @@ def test_first_load_creates_the_tables_and_loads_every_value(sandbox: Sandbox) -
     (row,) = sandbox.query(sql)
     assert row["_run_id"] == run_id(done)
     assert start <= row["min"] <= row["max"] <= datetime.now(UTC)
-
-
-def test_the_time_zone_of_the_session_shifts_no_time(sandbox: Sandbox) -> None:
-    sandbox.as_user(f"ALTER ROLE {USER} SET timezone TO 'Asia/Tokyo'")
-    try:
-        loaded(sandbox)
-        assert_loaded(sandbox, launches())
-    finally:
-        sandbox.as_user(f"ALTER ROLE {USER} RESET timezone")
 
 
 AWKWARD = [
@@ -135,7 +128,12 @@ def test_awkward_values_arrive_unchanged(sandbox: Sandbox) -> None:
         "payloads": False,
     }
     serve(sandbox, document)
-    loaded(sandbox)
+    # Nor is a time shifted by the session's time zone.
+    sandbox.as_user(f"ALTER ROLE {USER} SET timezone TO 'Asia/Tokyo'")
+    try:
+        loaded(sandbox)
+    finally:
+        sandbox.as_user(f"ALTER ROLE {USER} RESET timezone")
     assert_loaded(sandbox, document)
 
 
@@ -187,9 +185,50 @@ def test_upsert_keeps_vanished_rows_and_renews_the_others(sandbox: Sandbox, tmp_
     for name, table in tables.items():
         assert_table(sandbox, name, table, vanished + served)
     rows = sandbox.query(f"SELECT id, _run_id FROM {LAUNCHES}")
-    old, new = ({row["id"] for row in rows if row["_run_id"] == run} for run in (first, second))
-    assert old == {record["id"] for record in vanished}
-    assert new == {record["id"] for record in served}
+    expected = {it["id"]: first for it in vanished} | {it["id"]: second for it in served}
+    assert {row["id"]: row["_run_id"] for row in rows} == expected
+
+
+def test_far_fewer_rows_are_allowed_for_one_run(sandbox: Sandbox) -> None:
+    of_cores = f"{CORES} has {{}} rows and would have {{}}, fewer than {{}} "
+    of_launches = f"{LAUNCHES} has 30 rows and would have 4, fewer than 24 "
+    for document, arguments, refusal, rows in (
+        (fewer_launches(30, cores=0), [], of_cores.format(0, 0, 1), (0, 0, 0)),
+        (fewer_launches(30), [], "", (30, 38, 2)),
+        (fewer_launches(4, cores=4), [], of_launches, (30, 38, 2)),
+        (fewer_launches(4, cores=4), ["--allow-shrink"], "", (4, 4, 4)),
+        (fewer_launches(4, cores=3), [], of_cores.format(4, 3, 4), (4, 4, 4)),
+    ):
+        serve(sandbox, document)
+        if refusal:
+            assert_failed(sandbox.run(*arguments), refusal)
+        else:
+            loaded(sandbox, *arguments)
+        assert tuple(count(sandbox, table) for table in (LAUNCHES, CORES, AUDIT)) == rows
+
+
+def test_row_of_a_run_for_each_table(sandbox: Sandbox) -> None:
+    source = sandbox.source.url.replace("http://", "http://me:pa55word@")
+    source = source.replace("launches", "it's%20100%25") + "#part"
+    shown = sandbox.source.url.partition("?")[0].replace("launches", "it's%20100%25")
+    bodies = []
+    for number in (30, 28):
+        serve(sandbox, fewer_launches(number))
+        bodies += [sandbox.source.body] * 2
+        loaded(sandbox, "--source", source)
+    rows = sandbox.query(f"SELECT * FROM {AUDIT} ORDER BY _run_id, table_name")
+    found = [(row["table_name"], row["rows_before"], row["rows_loaded"]) for row in rows]
+    assert found == [(CORES, 0, 38), (LAUNCHES, 0, 30), (CORES, 38, 36), (LAUNCHES, 30, 28)]
+    assert {row["mode"] for row in rows} == {"replace"}
+    for row, body in zip(rows, bodies, strict=True):
+        assert re.fullmatch(RUN_ID, row["_run_id"])
+        assert row["source"] == shown
+        assert row["sha256"] == hashlib.sha256(body).hexdigest()
+        assert f"{row['started_at']:%Y%m%dT%H%M%S}" == row["_run_id"].partition(".")[0]
+        # GETDATE() has whole seconds: so has this, or it would be later where all took less.
+        assert row["started_at"].microsecond == 0
+        assert row["started_at"] <= row["_loaded_at"]
+    assert rows[0]["_run_id"] == rows[1]["_run_id"] < rows[2]["_run_id"] == rows[3]["_run_id"]
 
 
 def test_answers_to_the_questions(sandbox: Sandbox) -> None:
@@ -224,15 +263,17 @@ def test_staged_objects(sandbox: Sandbox, tmp_path: Path) -> None:
         header, *records = csv.reader(io.StringIO(text, newline=""))
         assert header == [column_name(path) for path in SHIPPED["tables"][table]["columns"]]
         assert len(records) == rows
-        url = f"s3://{BUCKET}/{parts[table]}"
-        entries = [{"url": url, "mandatory": True}]
-        assert json.loads(staged[manifests[table]]) == {"entries": entries}
+        entry = {"url": f"s3://{BUCKET}/{parts[table]}", "mandatory": True}
+        assert json.loads(staged[manifests[table]]) == {"entries": [entry]}
     for key in staged:
         assert "ServerSideEncryption" not in sandbox.s3.head_object(Bucket=BUCKET, Key=key)
 
     copies = [sql for sql in sandbox.redshift.statements if sql.startswith("COPY")]
-    for sql, manifest in zip(copies, manifests.values(), strict=True):
-        assert f"FROM 's3://{BUCKET}/{manifest}'\nIAM_ROLE default\nREGION '{REGION}'\n" in sql
+    for sql, table in zip(copies, manifests, strict=True):
+        url = f"s3://{BUCKET}/{manifests[table]}"
+        assert f"FROM '{url}'\nIAM_ROLE default\nREGION '{REGION}'\n" in sql
+        (row,) = sandbox.query(f"SELECT manifest, raw FROM {AUDIT} WHERE table_name = '{table}'")
+        assert row == {"manifest": url, "raw": f"s3://{BUCKET}/{raw}"}
 
 
 def test_dry_run_needs_no_aws_and_leaves_only_its_folder(sandbox: Sandbox, tmp_path: Path) -> None:

@@ -8,13 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sandbox import ROOT
-
-READMES = [
-    ROOT / "README.md",
-    *sorted(ROOT.glob("conf/**/README.md")),
-    *ROOT.glob("tests/**/README.md"),
-]
+from sandbox import READMES, ROOT
 
 
 def anchors(path: Path) -> set[str]:

@@ -19,12 +19,20 @@ from pathlib import Path
 
 import pytest
 
+from helpers import SHIPPED, changed, write_yaml
 from sandbox import PASSWORD, ROOT, SECRET_KEY, Sandbox, Source, answer
 
 pytestmark = pytest.mark.ci
 DAG = ROOT / "conf" / "airflow" / "sequra_challenge_dag.py"
-PIPELINE = (ROOT / "conf" / "pipeline.yaml").read_text(encoding="utf-8")
 WEBHOOK_TOKEN = "T0/B0/Sl4ckT0ken"
+PIPELINES: dict[str, dict[str, str]] = {
+    "away": {},
+    "hangs": {},
+    "launches": {"alerts / heartbeat_url": "http://127.0.0.1:9/ping"},  # after its end, a warning
+    "missing": {},
+    "stopped": {},
+    "wrong": {"staging / bucket": "B", "<!channel>": "1"},
+}
 
 
 @pytest.fixture
@@ -65,29 +73,36 @@ def test_each_pipeline_is_a_task_that_airflow_tries_again_and_reports(
     airflow: Path, mailbox: tuple[int, list[EmailMessage]], sandbox: Sandbox, tmp_path: Path
 ) -> None:
     home = installation(tmp_path / "home", sandbox.source.url)
+    readme = DAG.with_name("README.md").read_text("utf-8")
+    connect, run = re.findall(r"```sh\n( +airflow .*?)```", readme, re.DOTALL)
+    test, unpause = run.strip().splitlines()
     port, mails = mailbox
-    from_us = {"disable_ssl": True, "disable_tls": True, "from_email": "af@test"}
-    smtp = {"conn_type": "smtp", "host": "127.0.0.1", "port": port, "extra": from_us}
     chat: list[str] = []
     with Source() as slack:
         slack.answers = [lambda handler: chat.append(message(handler))] * 10
-        password = f"{slack.url}/{WEBHOOK_TOKEN}"
-        slack_connection = {"conn_type": "slackwebhook", "password": password}
+        for theirs, ours in {
+            "https://hooks.slack.com/services/…": f"{slack.url}/{WEBHOOK_TOKEN}",
+            "587": str(port),
+            "--conn-login … --conn-password …": "",
+            "email-smtp.eu-west-1.amazonaws.com": "127.0.0.1",
+            '"disable_ssl": true': '"disable_ssl": true, "disable_tls": true',
+        }.items():
+            assert theirs in connect
+            connect = connect.replace(theirs, ours)
         environment = sandbox.child_environment(
+            PATH=f"{airflow.parent}:{os.environ['PATH']}",
             AIRFLOW_HOME=str(tmp_path / "airflow"),
             AIRFLOW__CORE__DAGS_FOLDER=str(quick_dag(tmp_path / "dags")),
             AIRFLOW__CORE__DEFAULT_TASK_RETRY_DELAY="0",
             AIRFLOW__CORE__LOAD_EXAMPLES="false",
-            AIRFLOW_CONN_SLACK_DEFAULT=json.dumps(slack_connection),
-            AIRFLOW_CONN_SMTP_DEFAULT=json.dumps(smtp),
             SEQURA_CHALLENGE_HOME=str(home),
             SEQURA_CHALLENGE_SLACK="slack_default",
             SEQURA_CHALLENGE_EMAIL="etl@test,oncall@test",
         )
-        subprocess.run([airflow, "db", "migrate"], env=environment, check=True, timeout=120)
-        command: list[str | Path] = [airflow, "dags", "test", "sequra_challenge"]
+        shell = partial(subprocess.run, shell=True, env=environment, check=True, timeout=120)
+        shell(f"set -e; airflow db migrate; {connect}")
         with (tmp_path / "log").open("w+", encoding="utf-8") as file:
-            day = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
+            day = subprocess.Popen(test.split(), env=environment, stdout=file, stderr=file)
             sandbox.source.answers = [partial(serve, sandbox, day.pid)] * 10
             try:
                 status = day.wait(timeout=400)
@@ -95,6 +110,7 @@ def test_each_pipeline_is_a_task_that_airflow_tries_again_and_reports(
                 day.kill()
             file.seek(0)
             log = file.read()
+        shell(unpause)
     assert status == 1, log  # one pipeline fails, one is wrong
 
     # What Airflow told, and on which try: neither 404 nor a wrong configuration was tried again.
@@ -143,19 +159,14 @@ def quick_dag(folder: Path) -> Path:
 
 
 def installation(home: Path, url: str) -> Path:
-    """The program as it is installed for Airflow, with six pipelines."""
+    """The program as it is installed for Airflow, with the pipelines."""
     (home / "conf" / "aws").mkdir(parents=True)
     (home / "conf" / "aws" / "stack.yaml").write_text("# no pipeline\n", encoding="utf-8")
     (home / ".venv").symlink_to(sys.prefix)
     (home / "sequra_challenge").symlink_to(ROOT / "sequra_challenge")
-    for name in ("away", "hangs", "launches", "missing", "stopped", "wrong"):
-        address = url.replace("/v5/launches", f"/{name}")
-        text = re.sub(r"(?m)^  url: \S+", f"  url: {address}", PIPELINE, count=1)
-        if name == "launches":  # after its end, a warning
-            text = text.replace("heartbeat_url: null", "heartbeat_url: http://127.0.0.1:9/ping")
-        if name == "wrong":
-            text = text.replace("  bucket: ", "  bucket: B") + '"<!channel>": 1\n'
-        (home / "conf" / f"{name}.yaml").write_text(text, encoding="utf-8")
+    for name, changes in PIPELINES.items():
+        address = {"source / url": url.replace("/v5/launches", f"/{name}")}
+        write_yaml(home / "conf" / f"{name}.yaml", changed(SHIPPED, changes | address))
     return home
 
 
