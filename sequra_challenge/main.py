@@ -37,6 +37,7 @@ import tempfile
 import threading
 import time
 import zlib
+from codecs import BOM_UTF8, getincrementaldecoder
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
@@ -46,7 +47,7 @@ from functools import cached_property, partial
 from itertools import chain, islice, starmap
 from multiprocessing.pool import AsyncResult, ThreadPool
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TextIO, get_type_hints
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, get_type_hints
 from urllib.parse import parse_qsl, quote, unquote, unquote_plus, urlencode, urljoin, urlsplit
 
 import yaml
@@ -62,8 +63,8 @@ if TYPE_CHECKING:
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "conf" / "pipeline.yaml"
 HTTP_TIMEOUT = (10, 60)  # seconds: to connect, between two pieces of the answer
 HTTP_TRIES = 6
-READ_CHARACTERS = 1 << 17  # of JSON; the objects made of so much stay in the processor's cache
-CHUNK_PIECES = 60  # of so many characters, and
+READ_BYTES = 1 << 17  # of JSON; the objects made of so much stay in the processor's cache
+CHUNK_PIECES = 60  # of so many bytes, and
 CHUNK_RECORDS = 6_000  # at most, but for those of one piece: then pandas gets them
 CHUNKS_AHEAD = 3  # of the thread that compresses and uploads
 GZIP_LEVEL = 4
@@ -640,7 +641,7 @@ def pause(seconds: float, why: str) -> None:
 # --- extract ------------------------------------------------------------------------------------
 
 
-WHITESPACE = " \t\r\n"  # of JSON
+WHITESPACE = b" \t\r\n"  # of JSON
 DAMAGED = ValueError, EOFError, gzip.BadGzipFile, zlib.error  # HTTP, or its gzip
 # What reading JSON raises: for a number of 5,000 digits, an exponent of 20, deep brackets, bytes
 # that are not UTF-8, a gzip file that is damaged or ends early.
@@ -1015,13 +1016,13 @@ def read_records(path: Path) -> Iterator[list[dict[str, Any]]]:
     """
     count, size, records = 0, 0, list[Any]()
     try:
-        with io.TextIOWrapper(open_body(path), "utf-8-sig", newline="\n") as text:
-            for element, characters in read_elements(text):
-                count, size = count + 1, size + characters
+        with open_body(path) as body:
+            for element, length in read_elements(body):
+                count, size = count + 1, size + length
                 if not isinstance(element, dict):
                     raise PipelineError(f"record {count} is not an object: {shorten(element)}")
                 records.append(element)
-                if size > READ_CHARACTERS:
+                if size > READ_BYTES:
                     yield records
                     size, records = 0, []
     except json.JSONDecodeError as error:
@@ -1032,59 +1033,63 @@ def read_records(path: Path) -> Iterator[list[dict[str, Any]]]:
     yield records
 
 
-def read_elements(text: TextIO) -> Iterator[tuple[Any, int]]:
-    """Yields what a JSON array holds, or each line, with the characters that it takes."""
-    begins, decoder = skip_blanks("", text), json.JSONDecoder(parse_float=Decimal)
-    if begins.startswith("["):
-        yield from read_array(begins[1:], text, decoder)
-    elif begins.startswith("{"):
-        text.seek(0)
-        for line in text:
+DECODER = json.JSONDecoder(parse_float=Decimal)
+
+
+def read_elements(body: BinaryIO) -> Iterator[tuple[Any, int]]:
+    """Yields what a JSON array holds, or each line, with its length."""
+    begins = skip_blanks(body.read(len(BOM_UTF8) + READ_BYTES).removeprefix(BOM_UTF8), body)
+    if begins.startswith(b"["):
+        yield from read_array(skip_blanks(begins[1:], body), body)
+    elif begins.startswith(b"{"):
+        for line in chain((begins + body.readline()).split(b"\n"), body):
             if line.strip(WHITESPACE):
-                yield decoder.decode(line), len(line)
+                yield DECODER.decode(line.decode()), len(line)
     elif begins:
-        raise PipelineError(f"the source is no JSON array, it begins {shorten(begins, 200)}")
+        text = getincrementaldecoder("utf-8")().decode(begins)  # which may end within a character
+        raise PipelineError(f"the source is no JSON array, it begins {shorten(text, 200)}")
 
 
-def skip_blanks(buffer: str, text: TextIO) -> str:
-    """The buffer, or the next piece of the text, from what is no white space on; "" at the end."""
-    while not (buffer := buffer.lstrip(WHITESPACE)) and (more := text.read(READ_CHARACTERS)):
+def skip_blanks(buffer: bytes, body: BinaryIO) -> bytes:
+    """The buffer, or the next piece of the body, from what is no white space on; b"" at the end."""
+    while not (buffer := buffer.lstrip(WHITESPACE)) and (more := body.read(READ_BYTES)):
         buffer = more
     return buffer
 
 
-def read_array(buffer: str, text: TextIO, decoder: json.JSONDecoder) -> Iterator[tuple[Any, int]]:
+def read_array(buffer: bytes, body: BinaryIO) -> Iterator[tuple[Any, int]]:
     """Yields the elements of a JSON array whose bracket is read already.
 
-    A piece ends with a comma, or where the text ends. Up to a comma every number and literal is
+    A piece ends with a comma, or where the body ends. Up to a comma every number and literal is
     complete, so that more text can only mend an error at the end of the piece, or a string that
-    does not end in it.
+    does not end in it. The buffer holds bytes: in a text, a single emoji would make each character
+    take four.
     """
-    delimiter: Any = re.compile(rf"[{WHITESPACE}]*([,\]])[{WHITESPACE}]*").match
-    buffer = skip_blanks(buffer, text)
-    size, is_open, buffer = READ_CHARACTERS, buffer[:1] != "]", buffer.removeprefix("]")
+    delimiter: Any = re.compile(r"[ \t\r\n]*([,\]])[ \t\r\n]*").match
+    size, is_open, buffer = READ_BYTES, buffer[:1] != b"]", buffer.removeprefix(b"]")
     while is_open:
-        more, position = text.read(size), 0
+        more, position = body.read(size), 0
         buffer = (buffer + more).lstrip(WHITESPACE)
-        piece = buffer[: buffer.rfind(",") + 1] if more else buffer
+        cut = buffer.rfind(b",") + 1 if more else len(buffer)
+        piece = buffer[:cut].decode()
         try:
             while is_open:
-                element, end = decoder.raw_decode(piece, position)
+                element, end = DECODER.raw_decode(piece, position)
                 yield element, end - position
                 found = delimiter(piece, end)
                 if not found:
                     raise json.JSONDecodeError("Expecting ',' delimiter", piece, end)
                 is_open, position = found[1] == ",", found.end()
         except json.JSONDecodeError as error:
-            if not more and not piece.rstrip(WHITESPACE).endswith("]"):
+            if not more and not buffer.rstrip(WHITESPACE).endswith(b"]"):
                 raise json.JSONDecodeError("it ends early", piece, len(piece)) from None
             if not more or (error.pos < len(piece) and not error.msg.startswith("Unterminated")):
                 raise
-        buffer = buffer[position:]
+        buffer = piece[position:].encode() + buffer[cut:]
         # Doubled, so that one huge record is not scanned from its start for every piece.
-        size = READ_CHARACTERS if position else size * 2
-    if more := skip_blanks(buffer, text):
-        raise json.JSONDecodeError("Extra data after the array", more, 0)
+        size = READ_BYTES if position else size * 2
+    if more := skip_blanks(buffer, body):
+        raise json.JSONDecodeError("Extra data after the array", more.decode(errors="replace"), 0)
 
 
 # --- transform ----------------------------------------------------------------------------------
@@ -1147,8 +1152,7 @@ def explode(records: Records, table: Table) -> Records:
     parents = [{str(table.parent): record} for record in records]
     found: Sequence[Any] = records
     for name in split_path(table.rows):
-        objects = checked(Column((), "", "object"), found, table, parents)
-        found = [one.get(name) for one in objects]
+        found = [one.get(name) for one in checked(Column((), "", "object"), found, table, parents)]
     arrays = checked(Column((), "", "array"), found, table, parents)
     names, rows = {column.path[0] for column in table.columns}, []
     for parent, elements in zip(parents, arrays, strict=True):
@@ -1419,13 +1423,12 @@ def to_csv(frame: pd.DataFrame, null: str) -> list[bytes]:
     DataFrame.to_csv takes several times as long.
     """
 
-    def cells(values: pd.Series[Any]) -> Iterable[str]:
-        if values.dtype == object:
-            texts = values.tolist()
-            return (null if t is None else '"' + t.replace('"', '""') + '"' for t in texts)
-        if values.dtype == "boolean":  # Redshift's guide knows t and f, not True and False
-            values = values.map({True: "t", False: "f"})
-        return map(str, values.to_numpy(object, na_value=null))
+    def cells(data: pd.Series[Any]) -> Iterable[str]:
+        if data.dtype == object:
+            return (null if t is None else '"' + t.replace('"', '""') + '"' for t in data.tolist())
+        if data.dtype == "boolean":  # Redshift's guide knows t and f, not True and False
+            data = data.map({True: "t", False: "f"})
+        return map(str, data.to_numpy(object, na_value=null))
 
     rows = zip(*(cells(frame[name]) for name in frame), strict=True)
     # One by one: in a text of all, a single emoji would make each character take four bytes.

@@ -557,11 +557,11 @@ def import_packages() -> None:
 
 
 def sizes(**changes: Any) -> contextlib.AbstractContextManager[Any]:
-    """The program with other sizes of its batches: READ_CHARACTERS, CHUNK_RECORDS and so on."""
+    """The program with other sizes of its batches: READ_BYTES, CHUNK_RECORDS and so on."""
     return mock.patch.multiple(main, **changes) if changes else contextlib.nullcontext()
 
 
-READ_CHARACTERS = main.READ_CHARACTERS
+READ_BYTES = main.READ_BYTES
 CHUNK_RECORDS = main.CHUNK_RECORDS
 
 

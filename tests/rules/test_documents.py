@@ -523,7 +523,7 @@ SIZES = st.fixed_dictionaries(
     {
         "CHUNK_RECORDS": st.sampled_from([7, 3, 1]),
         "CHUNK_PIECES": st.sampled_from([3, 2, 1]),
-        "READ_CHARACTERS": st.sampled_from([1 << 20, 64, 7]),
+        "READ_BYTES": st.sampled_from([1 << 20, 64, 7]),
     }
 )
 

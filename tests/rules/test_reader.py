@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers import READ_CHARACTERS, PipelineError, batches_of, read_records, sizes
+from helpers import READ_BYTES, PipelineError, batches_of, read_records, sizes
 
-PIECE = READ_CHARACTERS
+PIECE = READ_BYTES
 PACKED = gzip.compress(json.dumps([{"a": f"{n:x}" * 9} for n in range(999)]).encode(), mtime=0)
 
 
@@ -29,7 +29,7 @@ def read(path: Path, text: str | bytes, piece: int) -> Any:
     """The records in the text, or what is said where it is refused."""
     path.write_bytes(text.encode(errors="surrogatepass") if isinstance(text, str) else text)
     try:
-        with sizes(READ_CHARACTERS=piece):
+        with sizes(READ_BYTES=piece):
             return list(read_records(path))
     except PipelineError as error:
         return str(error)
@@ -73,7 +73,7 @@ def test_batches_are_bounded(path: Path, join: str) -> None:
     lengths = [1, 1, 1, 1, 1, 200, 1, 1, 300, 300, 1] * 20
     texts = [json.dumps({"a": "x" * size}) for size in lengths]
     path.write_text(join.format((",", "\n")[join == "{}"].join(texts)))
-    with sizes(READ_CHARACTERS=250):
+    with sizes(READ_BYTES=250):
         batches = [[len(record["a"]) for record in batch] for batch in batches_of(path)]
     assert list(itertools.chain(*batches)) == lengths
     assert max(map(sum, batches)) <= 1050  # a record that did not end yet, and two pieces more
@@ -84,7 +84,7 @@ def test_batches_are_bounded(path: Path, join: str) -> None:
 )
 def test_records_before_a_fault_are_given(path: Path, text: str) -> None:
     path.write_text(text)
-    with sizes(READ_CHARACTERS=10):
+    with sizes(READ_BYTES=10):
         records = read_records(path)
         assert [next(records), next(records)] == [{"a": 1}, {"a": 2}]
         with pytest.raises(PipelineError, match="not JSON after record 2"):
@@ -109,7 +109,13 @@ WRONG: dict[str, list[str | bytes]] = {
     "not JSON after record 2: it ends early": ["[{}, {}, "],
     "not JSON after record 1: Extra data": [
         *("[{}]]", "[{}],", "[{}] []", "[{}][{}]", "[{}]\n<!-- served in 3 ms -->", "[{}]\xa0"),
-        *("[{}]\x0b", "[{}]\x0c", "[{}]\u2028", "[{}]" + " " * 2 * PIECE + "garbage"),
+        *(
+            "[{}]\x0b",
+            "[{}]\x0c",
+            "[{}]\u2028",
+            "[{}]" + " " * 2 * PIECE + "garbage",
+            "[{}]" + ",€" * PIECE,
+        ),
     ],
     "record 1 is not an object: null": ["[null]"],
     "record 1 is not an object: [{}]": ["[[{}]]"],
@@ -130,7 +136,7 @@ WRONG: dict[str, list[str | bytes]] = {
     'is no JSON array, it begins "<!DOCTYPE html>': ["<!DOCTYPE html><title>503</title>"],
     'is no JSON array, it begins "5"': ["5"],
     'is no JSON array, it begins "null"': ["null"],
-    "is no JSON array": ['"[]"'],
+    "is no JSON array": ['"[]"', "é" * PIECE],
 }
 
 
