@@ -37,7 +37,6 @@ import tempfile
 import threading
 import time
 import zlib
-from codecs import BOM_UTF8, getincrementaldecoder
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
@@ -1038,7 +1037,7 @@ DECODER = json.JSONDecoder(parse_float=Decimal)
 
 def read_elements(body: BinaryIO) -> Iterator[tuple[Any, int]]:
     """Yields what a JSON array holds, or each line, with its length."""
-    begins = skip_blanks(body.read(len(BOM_UTF8) + READ_BYTES).removeprefix(BOM_UTF8), body)
+    begins = skip_blanks(body.read(3 + READ_BYTES).removeprefix(b"\xef\xbb\xbf"), body)
     if begins.startswith(b"["):
         yield from read_array(skip_blanks(begins[1:], body), body)
     elif begins.startswith(b"{"):
@@ -1046,7 +1045,8 @@ def read_elements(body: BinaryIO) -> Iterator[tuple[Any, int]]:
             if line.strip(WHITESPACE):
                 yield DECODER.decode(line.decode()), len(line)
     elif begins:
-        text = getincrementaldecoder("utf-8")().decode(begins)  # which may end within a character
+        # Not decode(): the piece may end within a character.
+        text = io.TextIOWrapper(io.BytesIO(begins), "utf-8").read(200)
         raise PipelineError(f"the source is no JSON array, it begins {shorten(text, 200)}")
 
 
@@ -1066,9 +1066,10 @@ def read_array(buffer: bytes, body: BinaryIO) -> Iterator[tuple[Any, int]]:
     take four.
     """
     delimiter: Any = re.compile(r"[ \t\r\n]*([,\]])[ \t\r\n]*").match
-    size, is_open, buffer = READ_BYTES, buffer[:1] != b"]", buffer.removeprefix(b"]")
+    is_open, buffer = buffer[:1] != b"]", buffer.removeprefix(b"]")
     while is_open:
-        more, position = body.read(size), 0
+        # As much again, so that one huge record is not scanned from its start for every piece.
+        more, position = body.read(max(READ_BYTES, len(buffer))), 0
         buffer = (buffer + more).lstrip(WHITESPACE)
         cut = buffer.rfind(b",") + 1 if more else len(buffer)
         piece = buffer[:cut].decode()
@@ -1086,8 +1087,6 @@ def read_array(buffer: bytes, body: BinaryIO) -> Iterator[tuple[Any, int]]:
             if not more or (error.pos < len(piece) and not error.msg.startswith("Unterminated")):
                 raise
         buffer = piece[position:].encode() + buffer[cut:]
-        # Doubled, so that one huge record is not scanned from its start for every piece.
-        size = READ_BYTES if position else size * 2
     if more := skip_blanks(buffer, body):
         raise json.JSONDecodeError("Extra data after the array", more.decode(errors="replace"), 0)
 
