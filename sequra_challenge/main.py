@@ -1045,8 +1045,7 @@ def read_elements(body: BinaryIO) -> Iterator[tuple[Any, int]]:
             if line.strip(WHITESPACE):
                 yield DECODER.decode(line.decode()), len(line)
     elif begins:
-        # Not decode(): the piece may end within a character.
-        text = io.TextIOWrapper(io.BytesIO(begins), "utf-8").read(200)
+        text = begins.decode(errors="replace")
         raise PipelineError(f"the source is no JSON array, it begins {shorten(text, 200)}")
 
 

@@ -119,7 +119,7 @@ WRONG: dict[str, list[str | bytes]] = {
     "record 2 is not an object: []": ['{"a": 1}\n[]'],
     "record 2 is not an object: null": ['{"a": 1}\nnull'],
     "not readable after record 0": [
-        *('{"a": ' + "1" * 5_000 + "}", b'[{"a": "caf\xe9"}]', '[{"a": 1}]'.encode("utf-16")),
+        *('{"a": ' + "1" * 5_000 + "}", b'[{"a": "caf\xe9"}]'),
         *('[{"a": 1e99999999999999999999}]', '{"a":' * 100_000, "[" * 100_000),
         *('[{"a": ' + "[" * 100_000, '[{"a":' * 100_000),
     ],
@@ -131,7 +131,7 @@ WRONG: dict[str, list[str | bytes]] = {
     'is no JSON array, it begins "<!DOCTYPE html>': ["<!DOCTYPE html><title>503</title>"],
     'is no JSON array, it begins "5"': ["5"],
     'is no JSON array, it begins "null"': ["null"],
-    "is no JSON array": ['"[]"', "é" * PIECE],
+    "is no JSON array": ['"[]"', "é" * PIECE, '[{"a": 1}]'.encode("utf-16")],
 }
 
 
