@@ -452,7 +452,7 @@ def keep(sandbox: Sandbox, command: list[str]) -> None:
         print(f"export {name}={shlex.quote(value)}")
     print(f"\n{shlex.join(command)}")
     print(shlex.join(sandbox.psql()), flush=True)
-    print("\nFor the configuration, to see here what is sent:\n")
+    print("\nTo see here what alerts are sent, in the place of alerts: in a copy for --config:\n")
     print("alerts:", json.dumps(sandbox.alerts("failure", "success")), flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         while True:
