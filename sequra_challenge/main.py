@@ -128,6 +128,8 @@ def import_packages() -> None:
     import requests
     import urllib3
 
+    # An instance's metadata are asked once, by default for a second: too short on a busy machine.
+    os.environ.setdefault("AWS_METADATA_SERVICE_TIMEOUT", "5")
     # redshift_connector.connect() asks for it under a bare `except:`, which would swallow a signal.
     platform.platform()
     # The garbage collector passes by all that they have made, and comes less often: what a batch of

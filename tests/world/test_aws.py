@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import itertools
 import json
 import random
 import re
+import time
 from ast import literal_eval
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
@@ -70,10 +72,14 @@ class Server(LocalServer):
 
 
 class Metadata(Server):
-    """The metadata of an EC2 instance that only speaks IMDSv2, with the credentials of its role."""
+    """The metadata of an EC2 instance that only speaks IMDSv2, with the credentials of its role.
+
+    The first answer takes longer than botocore waits by default.
+    """
 
     def __init__(self, credentials: dict[str, Any]) -> None:
         super().__init__(self.handle)
+        self.delays = itertools.chain([1.5], itertools.repeat(0.0))
         shown = {
             "Code": "Success",
             "Type": "AWS-HMAC",
@@ -90,6 +96,7 @@ class Metadata(Server):
         }
 
     def handle(self, request: BaseHTTPRequestHandler, _: bytes) -> None:
+        time.sleep(next(self.delays))
         document = self.documents.get(request.path)
         if request.command == "PUT" and request.path == "/latest/api/token":
             lifetime = request.headers["X-aws-ec2-metadata-token-ttl-seconds"]
@@ -391,7 +398,6 @@ def instance(stack: Stack, gateway: Gateway, tmp_path: Path) -> Iterator[dict[st
         empty.mkdir()
         yield {
             "AWS_EC2_METADATA_SERVICE_ENDPOINT": metadata.url,
-            "AWS_METADATA_SERVICE_TIMEOUT": "30",  # of one second, which a busy machine exceeds
             "AWS_ENDPOINT_URL": gateway.url,
             "AWS_ACCESS_KEY_ID": None,
             "AWS_SECRET_ACCESS_KEY": None,
