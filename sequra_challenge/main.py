@@ -1763,7 +1763,7 @@ def check_login(redshift: Redshift) -> None:
 
 
 @contextlib.contextmanager
-def session(redshift: Redshift) -> Iterator[Any]:
+def redshift_session(redshift: Redshift) -> Iterator[Any]:
     """A cursor on a new connection, which commits each statement; closed even when broken."""
     connection = connect(redshift)
     try:
@@ -1806,7 +1806,7 @@ def load(run: Run, region: str, lineage: dict[str, str]) -> Loaded:
             return load_once(run, region, lineage)
         except TransientError as error:
             if tries == LOAD_TRIES:
-                with session(run.config.redshift) as cursor:
+                with redshift_session(run.config.redshift) as cursor:
                     if begin_turn(cursor, run):
                         return dict(run.rows), {}
                 raise
@@ -1816,7 +1816,7 @@ def load(run: Run, region: str, lineage: dict[str, str]) -> Loaded:
 
 def load_once(run: Run, region: str, lineage: dict[str, str]) -> Loaded:
     """Copies the staged files into temporary tables, and swaps the rows of all tables at once."""
-    with session(run.config.redshift) as cursor:
+    with redshift_session(run.config.redshift) as cursor:
         prepare_targets(cursor, run.config)
         for table in run.config.tables:
             copy(cursor, run, table, region)
@@ -2210,10 +2210,10 @@ def check(config: Config) -> int:
         with attempt("aws", failed) as details, aws_errors("ask", "AWS who this is"):
             details += [aws_client("sts").get_caller_identity()["Arn"]]
             details += [f"region {aws_client('s3').meta.region_name}"]
-        with attempt("redshift", failed) as details, session(config.redshift) as cursor:
+        with attempt("redshift", failed) as details, redshift_session(config.redshift) as cursor:
             details += execute(cursor, "SELECT current_user, current_database()").fetchone()
         if "redshift" not in failed:
-            with attempt("rights", failed), session(config.redshift) as cursor:
+            with attempt("rights", failed), redshift_session(config.redshift) as cursor:
                 check_rights(cursor, run)
         with attempt("source", failed), step("source", {}) as figures:
             body = extract(config, Path(folder), figures, pages=1)
@@ -2226,12 +2226,12 @@ def check(config: Config) -> int:
             stager.end_parts()
             stager.stage_manifests()
         if not failed & {"redshift", "bucket"}:
-            with attempt("copy", failed) as details, session(config.redshift) as cursor:
+            with attempt("copy", failed) as details, redshift_session(config.redshift) as cursor:
                 for table in config.tables:
                     copy(cursor, run, table, s3.meta.region_name)
                 details += [rows_text(run.rows, {})] + ["without a source"] * ("source" in failed)
         if "redshift" not in failed:
-            with attempt("tables", failed) as details, session(config.redshift) as cursor:
+            with attempt("tables", failed) as details, redshift_session(config.redshift) as cursor:
                 for sql in planned_changes(cursor, config):
                     details.append(f"a run would {sql.partition(' (')[0]}")
     return int(bool(failed))
