@@ -19,7 +19,6 @@ import gc
 import gzip
 import hashlib
 import html
-import io
 import json
 import logging.handlers
 import math
@@ -150,8 +149,7 @@ HOST = r"[\w-]{1,63}(\.[\w-]{1,63})*"
 KIND = r"boolean|smallint|integer|bigint|real|double precision|date|timestamp|timestamptz|super"
 TYPE = rf"({KIND}|varchar\(\d{{1,5}}\)|decimal\(\d\d?,\d\d?\))( not null)?( as {NAME})?( not null)?"
 # What a value must be, where the pattern is hard to read.
-PHRASES = {TYPE: "be a type such as varchar(24), bigint not null or decimal(10,2) as price"}
-PHRASES |= {PORT: "be 1 to 65535"}
+PHRASES = {PORT: "be 1 to 65535", TYPE: "be a type such as varchar(24), bigint not null, date"}
 
 
 def setting(rule: str, default: Any = MISSING) -> Any:
@@ -389,8 +387,8 @@ def read_text(pattern: str, given: Any, at: str, faults: list[str]) -> str:
     if is_null(given):
         faults.append(f"{at}: missing")
     elif not isinstance(given, str) or not re.fullmatch(pattern, given, re.ASCII):
-        rule = PHRASES.get(pattern, f"match {pattern}")
-        faults.append(f"{at}: must {rule}, not {shown(given, at)}")
+        must = f"must {PHRASES.get(pattern, f'match {pattern}')}"
+        faults.append(f"{at}: {must}, not {shown(given, at)}")
     return "" if is_null(given) else str(given)
 
 
@@ -401,7 +399,7 @@ def is_null(given: Any) -> bool:
 
 def shown(given: Any, at: str) -> str:
     """What the file has there, but for what may be a secret or part of one."""
-    is_secret = at.startswith(("alerts", "source.headers", "source.body"))
+    is_secret = at.startswith(("alerts", "source.headers", "source.body")) and at != "alerts.on"
     return "what is there" if is_secret else repr(given)
 
 
@@ -474,6 +472,7 @@ def source_faults(source: Source) -> Iterator[tuple[Any, str]]:
         yield not is_header, f"source.headers.{name}: has characters that no header can have"
     unsafe = is_http(source.url) and re.search(r"[\\\s]", source.url)
     yield unsafe, "source.url: a space is written %20, a backslash %5C, also in a ${NAME}"
+    yield source.next.isdigit(), f"source.next: what is added to count is written +{source.next}"
     yield source.step and not source.next_param, "source.next: a number needs source.next_param"
     yield source.next_param and source.next in ("", "Link"), "source.next_param: no cursor at next"
     yield source.body and not is_http(source.url), "source.body: is for a URL of http or https"
@@ -493,8 +492,8 @@ log = logging.getLogger("sequra_challenge")
 # What each log line says beside its message; a run adds its run_id.
 context = {"service": "sequra-challenge", "pipeline": "", "step": "configuration"}
 paused = threading.Event()  # while the program waits, and has said so
-warned = logging.handlers.BufferingHandler(sys.maxsize)  # keeps the warnings for the alerts
-hidden: dict[str, str] = {}  # what is masked, in each way of writing it, and by what
+history = logging.handlers.BufferingHandler(sys.maxsize)  # of the log: alerts have its warnings
+hidden: dict[str, str] = {}  # patterns of what is masked, and by what
 # User and password, in which a slash may stand as it is.
 LOGIN = r"""[^\s/?#"'<>@]*|[^\s/:@"'<>]+:(?!\d+[/?#])[^\s"'<>@]*"""
 # Scheme, login, host and path; query and fragment. A slash may be escaped, as in JSON.
@@ -504,13 +503,12 @@ SECRET_NAME = r"(?i)((^|[^a-z]|api)key|token|secret|sig(nature)?|password|auth\w
 
 def set_up_log(log_format: str, verbose: bool) -> None:
     """Logs to standard error, what packages warn of, too; not their logs, which have whole URLs."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # an emoji on a terminal of ASCII
+    if reconfigure := getattr(sys.stdout, "reconfigure", None):
+        reconfigure(errors="backslashreplace")  # an emoji on a terminal of ASCII
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
     log.addHandler(handler)
-    warned.setLevel(logging.WARNING)
-    log.addHandler(warned)
+    log.addHandler(history)
     log.propagate = False
     logging.captureWarnings(True)
     logging.getLogger("py.warnings").addHandler(handler)
@@ -524,10 +522,10 @@ class TextFormatter(logging.Formatter):
         """One line, masked and escaped, but for a traceback."""
         moment = f"{datetime.fromtimestamp(record.created, UTC):%Y-%m-%dT%H:%M:%SZ}"
         begin = f"{moment} {record.levelname:7} {context['pipeline']} {context['step']}"
-        text = f"{begin}: {record.getMessage().rstrip()}"
+        text = record.getMessage().rstrip()
         if record.exc_info and not isinstance(record.exc_info[1], EXPECTED):
             text += "\n" + self.formatException(record.exc_info)
-        return escaped(masked(text))
+        return escaped(f"{begin}: {masked(text)}")
 
 
 class JsonFormatter(logging.Formatter):
@@ -547,13 +545,23 @@ class JsonFormatter(logging.Formatter):
 
 
 def hide(*values: str, mask: str = "***") -> None:
-    """Has these texts masked wherever something is shown, also as URLs and JSON write them."""
+    """Has these texts masked wherever something is shown, however it is written there."""
     for value in filter(re.compile(r"\w").search, values):
-        forms = {value, quote(value, safe="", errors="replace"), join_path([value])}
-        for _ in range(2):  # a server sends JSON, and its text is shown as JSON
-            forms |= {form.replace("/", r"\/") for form in forms}
-            forms |= {json.dumps(f, ensure_ascii=a)[1:-1] for f in forms for a in (True, False)}
-        hidden.update(dict.fromkeys(forms, mask))
+        pattern = "".join(map(spellings, value))
+        hidden[pattern if len(value) > 4 else rf"\b{pattern}\b"] = mask
+
+
+def spellings(character: str) -> str:
+    """A pattern of a character as texts, JSON, HTML and URLs write it, and one within the other."""
+    ways = {character, character.replace(" ", "+"), html.escape(character), f"&#{ord(character)};"}
+    ways |= {json.dumps(character)[1:-1], rf"\u{ord(character):04x}", rf"\{character}"}
+    return f"(?:{'|'.join(''.join(map(percent_encoded, way)) for way in ways)})"
+
+
+def percent_encoded(character: str) -> str:
+    """A pattern of a character as it is, and as URLs write it, also in one another."""
+    encoded = re.escape(quote(character, safe="", errors="replace")).replace("%", "%(?:25){0,3}")
+    return f"(?:{re.escape(character)}|{encoded}){'{1,8}' if character == chr(92) else ''}"
 
 
 def hide_credentials(url: str, headers: dict[str, str]) -> None:
@@ -569,9 +577,8 @@ def hide_credentials(url: str, headers: dict[str, str]) -> None:
 
 def masked(text: str) -> str:
     """The text without what is hidden, and with the host and path of URLs only."""
-    for secret in sorted(hidden, key=len, reverse=True):
-        pattern = re.escape(secret) if len(secret) > 3 else rf"\b{re.escape(secret)}\b"
-        text = re.sub(pattern, hidden[secret], text)
+    for pattern in sorted(hidden, key=len, reverse=True):
+        text = re.sub(pattern, hidden[pattern], text, flags=re.IGNORECASE)
     return URL.sub(r"\1\3", text)
 
 
@@ -2082,7 +2089,7 @@ def run_pipeline(config: Config, dry_run: bool, allow_shrink: bool) -> int:
         event, status = "failure", getattr(error, "status", 1)
         what = log_failure(error, duration=round(run.seconds * 1e9))
         lines += [f"staged: {rows_text(run.rows, {}) or 'none'}"]
-    warnings = [r.getMessage() for r in warned.buffer if r.levelno == logging.WARNING]
+    warnings = [r.getMessage() for r in history.buffer if r.levelno == logging.WARNING]
     tell(alerts, event, what, [*lines, f"took: {run.seconds:.1f} s", *warnings])
     return status
 

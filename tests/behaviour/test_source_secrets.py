@@ -63,12 +63,13 @@ def test_a_token_that_the_source_echoes(
     fetch: Fetch, source: Source, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
     monkeypatch.setenv("API_TOKEN", TOKEN)
-    url = source.url + "?q=${API_TOKEN}"
-    for echo in ECHOES.values():
+    for asked, echo in enumerate(ECHOES.values(), 1):
         with pytest.raises(PipelineError) as caught:
-            fetch(echo(text), url=url, **PAGED)
+            fetch(echo(text), body='{"q": "${API_TOKEN}"}', **PAGED)
+        assert json.loads(source.posted[-1]) == {"q": TOKEN}
+        assert len(source.requests) == asked
         shown = masked(str(caught.value))
-        assert not re.search("C4N4|4RY|t\\\\*o", shown, re.IGNORECASE), shown
+        assert not re.search(r"C4N4|4RY|t\\*o/k", shown, re.IGNORECASE), shown
 
 
 def assert_hidden(sandbox: Sandbox, done: Done, *secrets: str) -> None:
