@@ -49,6 +49,16 @@ fails 1 '^20\S+Z ERROR   pipeline: exit status 1$' pipeline
 tail -1 $log | grep 'ERROR   pipeline: exit status 1'
 mv /run/.venv /opt/sequra-challenge/current
 
+: Ctrl-C reaches the program, and its end is in the log
+set -m
+runuser -u sequra -- /opt/sequra-challenge/current/conf/cron/run pipeline --source http://127.0.0.1:9/ > /run/said &
+for i in {1..100}; do ! grep -q 'from http://127.0.0.1:9/' $log || break; sleep 0.1; done
+kill -INT -$!
+status=0; wait $! || status=$?
+tail -2 $log
+[[ $status == 130 && $(tail -2 $log) =~ 'stopped by SIGINT'.*'ERROR   pipeline: exit status 130' ]]
+set +m
+
 rotate() { logrotate --force --state /run/state /etc/logrotate.d/sequra-challenge 2>&1; }
 [[ -z $(rotate) ]]
 sudo -u sequra sh -c "echo the next run >> $log"
