@@ -90,7 +90,8 @@ def look(source: main.Source) -> tuple[Any, str]:
         if main.is_http(source.url):
             file, request = Path(folder, "answer"), main.Request(source.url, source.body)
             with main.http_session(source.headers) as session:
-                link = main.download(session, request, file, replace(source, next="Link"), {})
+                hasty = replace(source, next="Link", max_wait=5)
+                link = main.download(session, request, file, hasty, {})
         if main.is_one_object(file):
             return main.read_answer(file, "the source"), link
         return list(chain.from_iterable(main.read_records(file))), link
@@ -155,7 +156,7 @@ def paging_comment(answer: Any, records: Sequence[Record], source: main.Source) 
         return f"<-- {number} of {total} records came ({path}): {hint or 'next and next_param?'}"
     asked = re.findall(r"\d+", f"{urlsplit(source.url).query} {source.body}")
     is_full = number in PAGES or (number > 1 and str(number) in asked)
-    return hint or "no next page was seen: are these records all?" * is_full
+    return hint or "<-- no next page was seen: are these records all?" * is_full
 
 
 def values_in(value: Any, path: Names = ()) -> Iterator[tuple[Names, Any]]:
