@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -142,9 +143,12 @@ def test_a_variable_in_the_url(sandbox: Sandbox, load: Load) -> None:
     url = sandbox.source.url.replace("launches", "${TEAM}") + "?since=${SINCE}"
     settings = {"url": url, "arguments": ("--verbose",)}
     environment, answers = {"TEAM": "t34m"}, responds(200, things(1))
-    done = load(answers, environment=environment | {"SINCE": "2026"}, **settings)
-    assert sandbox.source.requests == ["/v5/t34m?since=2026"]
+    year = time.strftime("%Y", time.gmtime())
+    done = load(answers, environment=environment | {"SINCE": year}, **settings)
+    assert sandbox.source.requests == [f"/v5/t34m?since={year}"]
     assert "/v5/${TEAM}\n" in done.stderr
+    assert done.stderr.startswith(f"{year}-")
+    assert f" run: {year}" in done.stderr  # the id, within which it is no word
     assert "t34m" not in done.stderr
     (audit,) = sandbox.query("SELECT source FROM public.etl_runs")
     assert audit["source"].endswith("/v5/${TEAM}")

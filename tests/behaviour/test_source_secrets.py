@@ -44,6 +44,7 @@ WAYS = {
     "percent but for slashes": quote(TOKEN).lower(),
     "form": urlencode({"q": TOKEN}),
     "HTML": html.escape(TOKEN),
+    "HTML in numbers": re.sub(r"\W", lambda c: f"&#{ord(c[0])};", TOKEN),
     "behind much else": "x" * 190 + TOKEN,
     "over the cut": "x" * 70 + TOKEN + "x" * 500,
 }
