@@ -547,7 +547,7 @@ class JsonFormatter(logging.Formatter):
 def hide(*values: str, mask: str = "***") -> None:
     """Has these texts masked wherever something is shown, however it is written there."""
     for value in filter(re.compile(r"\w").search, values):
-        pattern = "".join(map(spellings, value))
+        pattern = re.sub("[^a-zA-Z0-9]", lambda found: spellings(found[0]), value)
         hidden[pattern if len(value) > 4 else rf"\b{pattern}\b"] = mask
 
 
