@@ -62,8 +62,8 @@ DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "conf" / "pipeline.yam
 HTTP_TIMEOUT = (10, 60)  # seconds: to connect, between two pieces of the answer
 HTTP_TRIES = 6
 READ_BYTES = 1 << 17  # of JSON; the objects made of so much stay in the processor's cache
-CHUNK_PIECES = 60  # of so many bytes, and
-CHUNK_RECORDS = 6_000  # at most, but for those of one piece: then pandas gets them
+CHUNK_PIECES = 60  # after which pandas gets their rows
+CHUNK_RECORDS = 6_000  # or after the piece with the last of these
 CHUNKS_AHEAD = 3  # of the thread that compresses and uploads
 GZIP_LEVEL = 4
 LOAD_TRIES = 4
@@ -143,8 +143,8 @@ def import_packages() -> None:
 NAME = r"[a-z_][a-z0-9_]{0,126}"  # what Redshift can hold: it folds names to lower case
 PATH = r"(\\.|[^.])+(\.(\\.|[^.])+)*"  # a.b; a dot in a name is \., a backslash \\
 ROLE = r"arn:aws[\w-]*:iam::\d{12}:role/[\w+=.@/-]+"
-SECRET = r"[\w/+=.@:-]+"
-PORT = r"\d{1,4}|[1-5]\d{4}|6[0-4]\d{3}|65[0-4]\d\d|655[0-2]\d|6553[0-5]"
+SECRET_ID = r"[\w/+=.@:-]+"
+PORT = r"[1-9]\d{0,3}|[1-5]\d{4}|6[0-4]\d{3}|65[0-4]\d\d|655[0-2]\d|6553[0-5]"
 HOST = r"[\w-]{1,63}(\.[\w-]{1,63})*"
 KIND = r"boolean|smallint|integer|bigint|real|double precision|date|timestamp|timestamptz|super"
 TYPE = rf"({KIND}|varchar\(\d{{1,5}}\)|decimal\(\d\d?,\d\d?\))( not null)?( as {NAME})?( not null)?"
@@ -155,7 +155,7 @@ PHRASES = {PORT: "be 1 to 65535", TYPE: "be a type such as varchar(24), bigint n
 def setting(rule: str, default: Any = MISSING) -> Any:
     """A field that the file sets, to a text that matches the pattern; required without a default.
 
-    A tuple of texts may be one text in the file; columns and headers are mappings, which may lack.
+    A tuple of texts may be one text in the file; columns and headers are mappings.
     """
     return field(default=default, metadata={"rule": rule})
 
@@ -194,7 +194,7 @@ class Staging:
 class Redshift:
     """The database, and how long it may take."""
 
-    secret: str = setting(SECRET)
+    secret: str = setting(SECRET_ID)
     host: str = setting(HOST, "")  # this and the next two where the secret does not say
     port: int = setting(PORT, 5439)
     database: str = setting(r".+", "")
@@ -209,7 +209,7 @@ class Alerts:
     """Who is told how a run went."""
 
     on: tuple[str, ...] = setting(r"failure|success", ("failure",))
-    slack_webhook_secret: str | None = setting(rf"(?!.*://){SECRET}", None)
+    slack_webhook_secret: str | None = setting(rf"(?!.*://){SECRET_ID}", None)
     sns_topic: str | None = setting(r"arn:aws[\w-]*:sns:[\w-]+:\d{12}:[\w.-]+", None)
     heartbeat_url: str | None = setting(r"https?://[\w.:@%-]+([/?]\S*)?", None)
 
@@ -495,10 +495,10 @@ paused = threading.Event()  # while the program waits, and has said so
 history = logging.handlers.BufferingHandler(sys.maxsize)  # of the log: alerts have its warnings
 hidden: dict[str, str] = {}  # patterns of what is masked, and by what
 # User and password, in which a slash may stand as it is.
-LOGIN = r"""[^\s/?#"'<>@]*|[^\s/:@"'<>]+:(?!\d+[/?#])[^\s"'<>@]*"""
+USERINFO = r"""[^\s/?#"'<>]*|[^\s/:@"'<>]+:(?!\d+[/?#])[^\s"'<>@]*"""
 # Scheme, login, host and path; query and fragment. A slash may be escaped, as in JSON.
-URL = re.compile(rf"""(\b\w+:(?:\\*/){{2}})(?:({LOGIN})@)?([^\s?#"<>]*)(?:[?#][^\s"<>]*)?""")
-SECRET_NAME = r"(?i)((^|[^a-z]|api)key|token|secret|sig(nature)?|password|auth\w*|cookie)$"
+URL = re.compile(rf"""(\b\w+:(?:\\*/){{2}})(?:({USERINFO})@)?([^\s?#"<>]*)(?:[?#][^\s"<>]*)?""")
+SENSITIVE = r"(?i:(^|[^a-z]|api)key|token|secret|sig(nature)?|password|auth\w*|cookie)$|[a-z]Key$"
 
 
 def set_up_log(log_format: str, verbose: bool) -> None:
@@ -571,7 +571,7 @@ def hide_credentials(url: str, headers: dict[str, str]) -> None:
         encoded = base64.b64encode(user_password.encode()).decode()
         hide(found[2], encoded, *found[2].split(":", 1), *user_password.split(":", 1))
     for name, value in chain(parse_qsl(url.partition("?")[2]), headers.items()):
-        if re.search(SECRET_NAME, name) and len(value) > 3:
+        if re.search(SENSITIVE, name) and len(value) > 3:
             hide(value, *value.split()[-1:])  # the token behind "Bearer"
 
 
@@ -670,7 +670,7 @@ class Request:
 def extract(config: Config, folder: Path, figures: Figures, pages: int | None = None) -> Path:
     """Fetches the source (http, https, s3 or a local file) and returns the file that holds it.
 
-    Where it answers page by page, no more than so many of them.
+    Of a source that answers page by page, ``pages`` are the most that are asked for.
     """
     source, target = config.source, folder / "response"
     hide_credentials(source.url, source.headers)
@@ -751,8 +751,8 @@ def download(session: Any, request: Request, file: Path, source: Source, figures
     """Asks for an answer, writes it to the file, and returns what its header Link names as next.
 
     Tried again after what Retry-After asks for, else with exponential back-off and jitter:
-    connection errors, time-outs, a body that ends early, 408 and 5xx a few times, and 429 until
-    ``max_wait`` seconds would have been waited.
+    connection errors, time-outs, a body that ends early, 408 and 5xx a few times, and 429 as often
+    as fits; nothing later than ``max_wait`` seconds after the first try.
     """
     method, body = ("POST", json.loads(request.body)) if request.body else ("GET", None)
     ask = partial(session.request, method, request.url, stream=True, timeout=HTTP_TIMEOUT)
@@ -890,7 +890,8 @@ def key_paths(config: Config) -> list[tuple[str, ...]]:
 def read_pages(session: Any, source: Source, file: Path, figures: Figures) -> Iterator[list[Any]]:
     """Yields the records of page after page, each of which is downloaded to the file.
 
-    Raises PipelineError where the pages go round in a circle, leave this host, or skip records.
+    Raises PipelineError where they go round in a circle, leave this host, skip records, have errors
+    or are more than ``max_pages``.
     """
     request: Request | None = Request(source.url, source.body)
     seen, before = set[Request](), list[Any]()
@@ -1304,7 +1305,7 @@ TIMES = {  # how a text has to be written, with an example
 
 
 def to_time(column: Column, text: object) -> str:
-    """ISO 8601 with microseconds and in UTC, as COPY reads it with TIMEFORMAT 'auto'."""
+    """ISO 8601, as COPY reads it with TIMEFORMAT 'auto': microseconds, and UTC for an offset."""
     pattern, example = TIMES[column.kind]
     if not isinstance(text, str) or not re.fullmatch(pattern, text):
         raise Unfit(f"is not a {column.kind} such as {example}")
@@ -1353,7 +1354,7 @@ DTYPES |= dict.fromkeys(("smallint", "integer", "bigint"), "Int64")
 
 
 def to_frame(table: Table, columns: Columns) -> pd.DataFrame:
-    """The frame of checked values. Raises PipelineError where two rows have one key."""
+    """The frame of checked values. Raises PipelineError where two of these rows have one key."""
     dtypes = {column.name: DTYPES.get(column.kind, "object") for column in table.columns}
     frame = pd.DataFrame({n: pd.Series(columns[n], dtype=dtype) for n, dtype in dtypes.items()})
     # Redshift compares texts without the spaces at their end.
@@ -1400,7 +1401,7 @@ class Run:
     allow_shrink: bool = False
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
     token: str = field(default_factory=lambda: secrets.token_hex(4))
-    rows: Counter[str] = field(default_factory=Counter)  # staged so far, by table
+    rows: Counter[str] = field(default_factory=Counter)  # so far, by table
 
     @property
     def id(self) -> str:
@@ -1760,7 +1761,7 @@ def connect(redshift: Redshift) -> Any:
 
 
 def check_login(redshift: Redshift) -> None:
-    """Raises PipelineError for what no later attempt to connect would mend."""
+    """Raises PipelineError where login fails, unless Redshift is away: it may be back later."""
     try:
         connect(replace(redshift, connect_seconds=0)).close()
     except PipelineError as error:
@@ -1770,7 +1771,7 @@ def check_login(redshift: Redshift) -> None:
 
 
 @contextlib.contextmanager
-def redshift_session(redshift: Redshift) -> Iterator[Any]:
+def session_on(redshift: Redshift) -> Iterator[Any]:
     """A cursor on a new connection, which commits each statement; closed even when broken."""
     connection = connect(redshift)
     try:
@@ -1796,7 +1797,7 @@ def execute(cursor: Any, sql: str, *values: Any, advice: str = "") -> Any:
         log.debug("%.3f s: %s", time.perf_counter() - began, sql)
 
 
-Loaded = tuple[dict[str, int], dict[str, int]]  # the rows that each table has now, the difference
+Loaded = tuple[dict[str, int], dict[str, int]]  # rows of each table now, difference: see load()
 
 
 def load(run: Run, region: str, lineage: dict[str, str]) -> Loaded:
@@ -1813,7 +1814,8 @@ def load(run: Run, region: str, lineage: dict[str, str]) -> Loaded:
             return load_once(run, region, lineage)
         except TransientError as error:
             if tries == LOAD_TRIES:
-                with redshift_session(run.config.redshift) as cursor:
+                # Where nothing can be looked up, the failure is told that led there.
+                with contextlib.suppress(PipelineError), session_on(run.config.redshift) as cursor:
                     if begin_turn(cursor, run):
                         return dict(run.rows), {}
                 raise
@@ -1823,7 +1825,7 @@ def load(run: Run, region: str, lineage: dict[str, str]) -> Loaded:
 
 def load_once(run: Run, region: str, lineage: dict[str, str]) -> Loaded:
     """Copies the staged files into temporary tables, and swaps the rows of all tables at once."""
-    with redshift_session(run.config.redshift) as cursor:
+    with session_on(run.config.redshift) as cursor:
         prepare_targets(cursor, run.config)
         for table in run.config.tables:
             copy(cursor, run, table, region)
@@ -2019,9 +2021,9 @@ def refuse_shrinking(run: Run, table: Table, before: int) -> None:
 
 
 def tell(alerts: Alerts, event: str, what: str, lines: Sequence[str] = ()) -> dict[str, str]:
-    """Tells all who hear of an event (failure, success or test); returns who was told.
+    """Tells all who hear of an event (failure, success or test).
 
-    That is for each channel what failed, or "". It never changes how the run ended.
+    Returns for each channel that was told what failed, or "". It never changes how the run ended.
     """
     ended = {"success": "succeeded", "failure": "failed"}.get(event, "runs")
     subject = f"{context['pipeline']} {ended} on {platform.node()}"
@@ -2108,10 +2110,11 @@ def log_failure(error: BaseException, **figures: Any) -> str:
 def run_steps(run: Run, dry_run: bool) -> str:
     """Extracts, transforms, stages and loads; returns a text with the rows that each table has now.
 
-    Raises PipelineError; then no row has changed, though tables may have been made or altered.
+    Raises PipelineError; then no row has changed, though tables may have been made or altered,
+    unless the answer to the commit was lost, and Redshift then away.
     """
     config = run.config
-    # What is entered first is left last: when signals are ignored again, the folder is removed.
+    # What is entered first is left last: the folder is removed when signals are ignored.
     with contextlib.ExitStack() as at_end, stoppable():
         folder = Path(tempfile.gettempdir(), f"sequra-{secrets.token_hex(8)}")
         at_end.callback(remove, folder)
@@ -2183,7 +2186,7 @@ def print_dry_run(run: Run, parts: dict[str, list[Path]]) -> None:
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """The first SIGINT (Ctrl-C) or SIGTERM raises Stopped inside; later ones do nothing."""
+    """The first SIGINT (Ctrl-C) or SIGTERM inside raises Stopped; any later one does nothing."""
 
     def stop(number: int, _frame: Any) -> None:
         on_signals(signal.SIG_IGN)
@@ -2205,7 +2208,7 @@ def stoppable() -> Iterator[None]:
 
 
 def check(config: Config) -> int:
-    """Tries all that a run needs, from its configuration to COPY, and returns the exit status.
+    """Tries all that a run needs, from its configuration to its tables; returns the exit status.
 
     Prints a line for each. After a failure it goes on with what can be tried all the same.
     """
@@ -2217,10 +2220,10 @@ def check(config: Config) -> int:
         with attempt("aws", failed) as details, aws_errors("ask", "AWS who this is"):
             details += [aws_client("sts").get_caller_identity()["Arn"]]
             details += [f"region {aws_client('s3').meta.region_name}"]
-        with attempt("redshift", failed) as details, redshift_session(config.redshift) as cursor:
+        with attempt("redshift", failed) as details, session_on(config.redshift) as cursor:
             details += execute(cursor, "SELECT current_user, current_database()").fetchone()
         if "redshift" not in failed:
-            with attempt("rights", failed), redshift_session(config.redshift) as cursor:
+            with attempt("rights", failed), session_on(config.redshift) as cursor:
                 check_rights(cursor, run)
         with attempt("source", failed), step("source", {}) as figures:
             body = extract(config, Path(folder), figures, pages=1)
@@ -2233,12 +2236,12 @@ def check(config: Config) -> int:
             stager.end_parts()
             stager.stage_manifests()
         if not failed & {"redshift", "bucket"}:
-            with attempt("copy", failed) as details, redshift_session(config.redshift) as cursor:
+            with attempt("copy", failed) as details, session_on(config.redshift) as cursor:
                 for table in config.tables:
                     copy(cursor, run, table, s3.meta.region_name)
                 details += [rows_text(run.rows, {})] + ["without a source"] * ("source" in failed)
         if "redshift" not in failed:
-            with attempt("tables", failed) as details, redshift_session(config.redshift) as cursor:
+            with attempt("tables", failed) as details, session_on(config.redshift) as cursor:
                 for sql in planned_changes(cursor, config):
                     details.append(f"a run would {sql.partition(' (')[0]}")
     return int(bool(failed))

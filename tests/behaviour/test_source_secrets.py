@@ -98,9 +98,11 @@ def test_a_token_among_the_records(sandbox: Sandbox, load: Load, field: bool) ->
 URLS: dict[str, tuple[str, str, str, str]] = {
     "in the path": ("", "/v5/${KEY}/launches", "", "C4N4RY"),
     "query": ("", "/", "?api_key=C4N4RY&since=2026-01-01", "C4N4RY"),
+    "camel case": ("", "/", "?accessKey=C4N4RY", "C4N4RY"),
     "short query": ("", "/", "?sig=C4N4", "C4N4"),
     "quoted query": ("", "/", "?token=C4N4RY%2Fa%3D", "C4N4RY/a="),
     "password": ("u:C4N4RY@", "/", "", "C4N4RY"),
+    "at in a password": ("u:p@C4N4RY@", "/", "", "C4N4RY"),
     "user": ("C4N4RY:@", "/", "", "C4N4RY"),
     "slash in a password": ("u:pa/C4N4RY@", "/", "", "C4N4RY"),
     "quoted password": ("u:C4N4RY%2Fa@", "/", "", "C4N4RY/a"),
