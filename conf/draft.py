@@ -72,7 +72,7 @@ def read_source(file: str) -> tuple[dict[str, Any], main.Source]:
     given = {"url": file}
     if not main.is_http(file) and not Path(file).expanduser().is_file():
         raise main.PipelineError("no such file, nor a URL of http or https")
-    if file.endswith((".yaml", ".yml")):
+    if file.endswith((".yaml", ".yml")) and not main.is_http(file):
         document = yaml.load(Path(file).read_bytes(), yaml.BaseLoader)
         given = main.read_mapping(document, "", faults).get("source", {})
     source: main.Source = main.read_section(main.Source, given, "source", faults)
@@ -227,7 +227,7 @@ def first_fit(values: Sequence[Any], *types: str) -> tuple[str, str]:
 def exact(numbers: Sequence[str]) -> str:
     """A decimal with as many digits behind the point as were seen, and room before it."""
     parts = [number.lstrip("-").partition(".") for number in numbers]
-    scale = max(len(fraction) for _, _, fraction in parts)
+    scale = min(37, max(len(fraction) for _, _, fraction in parts))
     precision = scale + 2 * max(len(whole) for whole, _, _ in parts)
     return f"decimal({min(38, max(18, precision))},{scale})"
 
@@ -387,7 +387,7 @@ def run() -> int:
     try:
         given, source = read_source(file)
         sys.stdout.write(draft(given, source, *look(source)))
-    except (main.PipelineError, OSError, yaml.YAMLError) as error:
+    except (main.PipelineError, OSError, RuntimeError, yaml.YAMLError) as error:  # of ~nobody, too
         text = f"{main.masked(file)}: {main.masked(str(error))}\n"
         parser.exit(1, main.escaped(text))
     return 0

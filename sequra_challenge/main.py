@@ -316,6 +316,7 @@ def load_config(path: Path, url: str | None = None) -> Config:
     if url is not None and isinstance(document, dict) and isinstance(document.get("source"), dict):
         document["source"]["url"] = url
     config: Config = read_section(Config, document, "", faults)
+    hide_credentials(config.source.url, config.source.headers)
     possible = chain(source_faults(config.source), *map(table_faults, config.tables))
     faults += [fault for is_wrong, fault in possible if is_wrong]
     if faults:
@@ -470,8 +471,8 @@ def source_faults(source: Source) -> Iterator[tuple[Any, str]]:
     for name, text in source.headers.items():
         is_header = re.fullmatch(r"[\w-]+: [ -~]*", f"{name}: {text}", re.ASCII)
         yield not is_header, f"source.headers.{name}: has characters that no header can have"
-    unsafe = is_http(source.url) and re.search(r"[\\\s]", source.url)
-    yield unsafe, "source.url: a space is written %20, a backslash %5C, also in a ${NAME}"
+    unsafe = is_http(source.url) and re.search(r'[\\\s"<>]', source.url)
+    yield unsafe, 'source.url: space, \\ " < > are written %20 %5C %22 %3C %3E, also in a ${NAME}'
     yield source.next.isdigit(), f"source.next: what is added to count is written +{source.next}"
     yield source.step and not source.next_param, "source.next: a number needs source.next_param"
     yield source.next_param and source.next in ("", "Link"), "source.next_param: no cursor at next"
@@ -547,7 +548,7 @@ class JsonFormatter(logging.Formatter):
 def hide(*values: str, mask: str = "***") -> None:
     """Has these texts masked wherever something is shown, however it is written there."""
     for value in filter(re.compile(r"\w").search, values):
-        pattern = re.sub("[^a-zA-Z0-9]", lambda found: spellings(found[0]), value)
+        pattern = re.sub(r"\\+|[^a-zA-Z0-9]", lambda found: spellings(found[0][0]), value)
         hidden[pattern if len(value) > 4 else rf"\b{pattern}\b"] = mask
 
 
@@ -561,7 +562,7 @@ def spellings(character: str) -> str:
 def percent_encoded(character: str) -> str:
     """A pattern of a character as it is, and as URLs write it, also in one another."""
     encoded = re.escape(quote(character, safe="", errors="replace")).replace("%", "%(?:25){0,3}")
-    return f"(?:{re.escape(character)}|{encoded}){'{1,8}' if character == chr(92) else ''}"
+    return f"(?:{re.escape(character)}|{encoded}){'{1,32}' if character == chr(92) else ''}"
 
 
 def hide_credentials(url: str, headers: dict[str, str]) -> None:
@@ -673,7 +674,6 @@ def extract(config: Config, folder: Path, figures: Figures, pages: int | None = 
     Of a source that answers page by page, ``pages`` are the most that are asked for.
     """
     source, target = config.source, folder / "response"
-    hide_credentials(source.url, source.headers)
     if is_http(source.url):
         absolute_url("", source.url, "source.url")
         with http_session(source.headers) as session:

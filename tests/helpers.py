@@ -674,7 +674,7 @@ def forget_hidden() -> None:
     main.hidden.clear()
 
 
-masked, shorten = main.masked, main.shorten
+hide, masked, shorten = main.hide, main.masked, main.shorten
 
 
 # --- SQL -----------------------------------------------------------------------------------------

@@ -156,7 +156,7 @@ def test_a_variable_in_the_url(sandbox: Sandbox, load: Load) -> None:
     assert "source.url: ${SINCE} is not set in the environment, or empty" in message
     assert "TEAM" not in message
     done = load(environment=environment | {"SINCE": "last week"}, status=2, **settings)
-    assert "source.url: a space is written %20" in error(done)
+    assert "source.url: space, " in error(done)
 
 
 def test_a_run_ends_although_the_source_does_not(load: Load) -> None:

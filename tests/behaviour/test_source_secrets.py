@@ -22,6 +22,7 @@ from helpers import (
     Fetch,
     Load,
     PipelineError,
+    hide,
     masked,
     page,
     raw_response,
@@ -71,6 +72,11 @@ def test_a_token_that_the_source_echoes(
         assert len(source.requests) == asked
         shown = masked(str(caught.value))
         assert not re.search(r"C4N4|4RY|t\\*o/k", shown, re.IGNORECASE), shown
+
+
+def test_many_backslashes_do_not_take_for_ever() -> None:
+    hide("pw" + "\\" * 6 + "end1")
+    assert masked("pw" + "\\" * 40) == "pw" + "\\" * 40
 
 
 def assert_hidden(sandbox: Sandbox, done: Done, *secrets: str) -> None:

@@ -24,12 +24,9 @@ def compare(folder: Path, *more: str | Path) -> subprocess.CompletedProcess[str]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
-def generate(path: Path, rows: int) -> None:
-    subprocess.run([sys.executable, BENCH / "generate.py", str(rows), path], check=True)
-
-
 def test_refuses_to_measure_when_a_row_is_missing(tmp_path: Path) -> None:
-    generate(tmp_path / f"launches-{ROWS}.json", ROWS - 1)
+    path = tmp_path / f"launches-{ROWS}.json"
+    subprocess.run([sys.executable, BENCH / "generate.py", str(ROWS - 1), path], check=True)
     done = compare(tmp_path)
     assert done.returncode == 1
     assert f"wrong files, {ROWS} rows expected" in done.stderr

@@ -70,7 +70,7 @@ def test_commands(readme: Path, sandbox: Sandbox, project: Path) -> None:
             text = text.format(source=sandbox.source.at("/"), raw=raw)
             command = re.sub(pattern, text, command, flags=re.MULTILINE)
         done = subprocess.run(
-            ["bash", "-euc", HOW["start"] + command],
+            ["bash", "-euo", "pipefail", "-c", HOW["start"] + command],
             cwd=project,
             env=environment,
             stdout=subprocess.PIPE,
