@@ -450,8 +450,7 @@ def keep(sandbox: Sandbox, command: list[str]) -> None:
     print("\nEverything keeps running until you press Ctrl-C. In another terminal:\n")
     for name, value in sandbox.environment.items():
         print(f"export {name}={shlex.quote(value)}")
-    print(f"\n{shlex.join(command)}")
-    print(shlex.join(sandbox.psql()), flush=True)
+    print(f"\n{shlex.join(command)}\n{shlex.join(sandbox.psql())}")
     print("\nTo see here what alerts are sent, in the place of alerts: in a copy for --config:\n")
     print("alerts:", json.dumps(sandbox.alerts("failure", "success")), flush=True)
     with contextlib.suppress(KeyboardInterrupt):

@@ -448,7 +448,6 @@ def test_commit_loses_its_answer_in_the_last_try(world: World) -> None:
 
 
 def test_the_last_failure_is_told_where_nothing_can_be_looked_up(world: World) -> None:
-    """All tries fail before the audit table is there."""
     world.sandbox.as_user(f"DROP TABLE {AUDIT}")
     Interruptions(world, [("before", 1)] * TRIES, drop)
     world.check(world.run(), "old", os.EX_TEMPFAIL, "load: SELECT .*: server socket closed")

@@ -72,10 +72,7 @@ class Server(LocalServer):
 
 
 class Metadata(Server):
-    """The metadata of an EC2 instance that only speaks IMDSv2, with the credentials of its role.
-
-    The first answer takes longer than botocore waits by default.
-    """
+    """Metadata of an instance, by IMDSv2; the first answer takes longer than botocore's second."""
 
     def __init__(self, credentials: dict[str, Any]) -> None:
         super().__init__(self.handle)
