@@ -549,6 +549,7 @@ def hide(*values: str, mask: str = "***") -> None:
     """Has these texts masked wherever something is shown, however it is written there."""
     for value in filter(re.compile(r"\w").search, values):
         pattern = re.sub(r"\\+|[^a-zA-Z0-9]", lambda found: spellings(found[0][0]), value)
+        # Short ones as words only: a year is part of many a time and id.
         hidden[pattern if len(value) > 4 else rf"\b{pattern}\b"] = mask
 
 
@@ -562,6 +563,7 @@ def spellings(character: str) -> str:
 def percent_encoded(character: str) -> str:
     """A pattern of a character as it is, and as URLs write it, also in one another."""
     encoded = re.escape(quote(character, safe="", errors="replace")).replace("%", "%(?:25){0,3}")
+    # Each text in a text doubles a backslash; a bound, or a long row of them would take for ever.
     return f"(?:{re.escape(character)}|{encoded}){'{1,32}' if character == chr(92) else ''}"
 
 
