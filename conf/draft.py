@@ -70,11 +70,13 @@ def read_source(file: str) -> tuple[dict[str, Any], main.Source]:
     """The section source: of a file, as it is written and as main.py takes it."""
     faults: list[str] = []
     given = {"url": file}
-    if not main.is_http(file) and not Path(file).expanduser().is_file():
-        raise main.PipelineError("no such file, nor a URL of http or https")
-    if file.endswith((".yaml", ".yml")) and not main.is_http(file):
-        document = yaml.load(Path(file).read_bytes(), yaml.BaseLoader)
-        given = main.read_mapping(document, "", faults).get("source", {})
+    if not main.is_http(file):
+        path = Path(file).expanduser()
+        if not path.is_file():
+            raise main.PipelineError("no such file, nor a URL of http or https")
+        if path.suffix in (".yaml", ".yml"):
+            document = yaml.load(path.read_bytes(), yaml.BaseLoader)
+            given = main.read_mapping(document, "", faults).get("source", {})
     source: main.Source = main.read_section(main.Source, given, "source", faults)
     faults += [fault for is_wrong, fault in main.source_faults(source) if is_wrong]
     if faults:

@@ -652,7 +652,7 @@ def pause(seconds: float, why: str) -> None:
 # --- extract ------------------------------------------------------------------------------------
 
 
-WHITESPACE = b" \t\r\n"  # of JSON
+BOM, WHITESPACE = b"\xef\xbb\xbf", b" \t\r\n"  # of UTF-8, of JSON
 DAMAGED = ValueError, EOFError, gzip.BadGzipFile, zlib.error  # HTTP, or its gzip
 # What reading JSON raises: for a number of 5,000 digits, an exponent of 20, deep brackets, bytes
 # that are not UTF-8, a gzip file that is damaged or ends early.
@@ -997,7 +997,7 @@ def with_parameter(request: Request, name: str, value: Any) -> Request:
 def is_one_object(file: Path) -> bool:
     """Whether a file is one JSON object, like an answer, and not a line for each record."""
     with contextlib.suppress(*UNREADABLE), open_body(file) as body:
-        if body.peek(1000).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
+        if body.peek(1000).lstrip(BOM + WHITESPACE).startswith(b"{"):
             lines = filter(bytes.strip, body)
             return not next(lines).rstrip().endswith(b"}") or not next(lines, b"")
     return False
@@ -1049,7 +1049,7 @@ DECODER = json.JSONDecoder(parse_float=Decimal)
 
 def read_elements(body: BinaryIO) -> Iterator[tuple[Any, int]]:
     """Yields what a JSON array holds, or each line, with its length."""
-    begins = skip_blanks(body.read(3 + READ_BYTES).removeprefix(b"\xef\xbb\xbf"), body)
+    begins = skip_blanks(body.read(len(BOM) + READ_BYTES).removeprefix(BOM), body)
     if begins.startswith(b"["):
         yield from read_array(skip_blanks(begins[1:], body), body)
     elif begins.startswith(b"{"):
@@ -1076,7 +1076,7 @@ def read_array(buffer: bytes, body: BinaryIO) -> Iterator[tuple[Any, int]]:
     does not end in it. The buffer holds bytes: in a text, a single emoji would make each character
     take four.
     """
-    delimiter: Any = re.compile(r"[ \t\r\n]*([,\]])[ \t\r\n]*").match
+    delimiter: Any = re.compile(rf"[{WHITESPACE.decode()}]*([,\]])[{WHITESPACE.decode()}]*").match
     is_open, buffer = buffer[:1] != b"]", buffer.removeprefix(b"]")
     while is_open:
         # As much again, so that one huge record is not scanned from its start for every piece.
