@@ -561,8 +561,7 @@ def sizes(**changes: Any) -> contextlib.AbstractContextManager[Any]:
     return mock.patch.multiple(main, **changes) if changes else contextlib.nullcontext()
 
 
-READ_BYTES = main.READ_BYTES
-CHUNK_RECORDS = main.CHUNK_RECORDS
+READ_BYTES, CHUNK_RECORDS = main.READ_BYTES, main.CHUNK_RECORDS
 
 
 @contextlib.contextmanager

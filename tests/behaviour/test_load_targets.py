@@ -330,6 +330,7 @@ def rewrite(things: Things, old: str, new: str) -> None:
     def change() -> None:
         (key,) = things.sandbox.staged(".csv.gz")
         text = gzip.decompress(things.sandbox.objects()[key]).decode()
+        assert old in text
         body = gzip.compress(text.replace(old, new).encode())
         things.sandbox.s3.put_object(Bucket=BUCKET, Key=key, Body=body)
 
